@@ -1,0 +1,61 @@
+"""``python -m serve``: arguments and environment to settings, then the server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from serve.errors import ConfigError
+from serve.settings import Settings, load_settings, unknown_variables
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serve",
+        description="Serve one Hugging Face model over an OpenAI-compatible API.",
+        epilog="Each option is also an environment variable: --max-batch-size is SERVE_MAX_BATCH_SIZE. "
+        "Example: python -m serve --model Qwen/Qwen3-4B --port 8000",
+    )
+    for name, field in Settings.model_fields.items():
+        flag, text = "--" + name.replace("_", "-"), (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, help=text, metavar="BOOL", nargs="?", const="true")
+        else:
+            parser.add_argument(flag, help=text, metavar=name.rpartition("_")[2].upper())
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; return its exit status (2: a setting is wrong)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve"]:  # as SageMaker starts containers
+        del arguments[0]
+    given = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
+    try:
+        settings = load_settings(**given)
+    except ConfigError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return error.exit_status
+
+    from serve.observe import configure_logging  # noqa: PLC0415
+    from serve.server import run  # noqa: PLC0415
+
+    configure_logging(settings.log_format, settings.log_level)
+    for warning in unknown_variables(os.environ):
+        logging.getLogger("serve").warning("%s", warning)
+    return run(settings)
+
+
+def _end(status: int) -> None:
+    """Leave without waiting for a thread that still imports or copies weights: it cannot be interrupted."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _end(main())

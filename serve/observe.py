@@ -1,0 +1,110 @@
+"""What an operator sees: log lines on stderr, one record for each request.  Never prompt or completion text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from serve.settings import LogFormat
+
+logger = logging.getLogger("serve.request")
+
+_STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request, filled in while it is served and logged once when it ends.
+
+    Times are seconds of :func:`time.perf_counter`; the log line has milliseconds.
+    """
+
+    request_id: str
+    method: str
+    route: str
+    received_at: float = field(default_factory=time.perf_counter)
+    status: int | None = None
+    caller: str | None = None
+    model: str | None = None
+    is_stream: bool = False
+    prompt_tokens: int | None = None
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    error_code: str | None = None
+    queue_s: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def saw_tokens(self, num_tokens: int) -> None:
+        """Note that tokens arrived now."""
+        now = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        self.completion_tokens += num_tokens
+
+    def as_fields(self) -> dict[str, Any]:
+        """The log line's fields; what is unknown is left out."""
+        now = time.perf_counter()
+        values: dict[str, Any] = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in {"received_at", "queue_s", "first_token_at", "last_token_at"}
+        }
+        if self.first_token_at is None:
+            del values["completion_tokens"]
+        values["queue_ms"] = _ms(self.queue_s)
+        values["ttft_ms"] = _ms(self.first_token_at - self.received_at) if self.first_token_at else None
+        values["itl_ms_mean"] = _ms(self._itl_s())
+        values["total_ms"] = _ms(now - self.received_at)
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _itl_s(self) -> float | None:
+        if self.first_token_at is None or self.last_token_at is None or self.completion_tokens < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (self.completion_tokens - 1)
+
+    def log(self) -> None:
+        """Write the line."""
+        values = self.as_fields()
+        logger.info(" ".join(f"{name}={value}" for name, value in values.items()), extra=values)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message and whatever ``extra`` holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Encode; what JSON does not know becomes a string."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        extra = {name: value for name, value in record.__dict__.items() if name not in _STANDARD_FIELDS}
+        if record.name != logger.name:
+            line["message"] = record.getMessage()
+        line.update(extra)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+def configure_logging(log_format: LogFormat, level: str) -> None:
+    """Send all logs to stderr.  Only composition roots call this."""
+    as_json = log_format is LogFormat.JSON or (log_format is LogFormat.AUTO and not sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonFormatter() if as_json else text)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in ("serve", "trimaran"):
+        logging.getLogger(name).setLevel(level.upper())

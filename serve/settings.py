@@ -1,0 +1,192 @@
+"""Every knob of the container, in one class, read from the environment.
+
+Precedence: argument > environment > ``.env`` > default.  Read only by the composition roots (``serve.__main__``,
+``serve.api.app``, the adapters under ``deploy/``); everything deeper gets plain values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from serve.engine.base import EngineConfig
+from serve.errors import ConfigError
+
+PREFIX = "SERVE_"
+
+
+class EngineName(StrEnum):
+    """Which engine answers."""
+
+    TRANSFORMERS = "transformers"
+    ECHO = "echo"
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """The model's number format."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class LogFormat(StrEnum):
+    """How log lines look; ``auto`` is text on a terminal and JSON elsewhere."""
+
+    AUTO = "auto"
+    TEXT = "text"
+    JSON = "json"
+
+
+class Settings(BaseSettings):
+    """The container's configuration.  Frozen: resolved once, then only read."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    model: str = Field("", description="Model to serve: a local folder or a Hugging Face id such as Qwen/Qwen3-4B.")
+    model_revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face model.")
+    model_name: str = Field("", description="The model's id in the API. Default: the id, or the folder's name.")
+    chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    engine: EngineName = Field(EngineName.TRANSFORMERS, description="transformers, or echo (no model, for tests).")
+    device: Device = Field(Device.AUTO, description="auto: CUDA when there is a usable GPU, else CPU.")
+    dtype: Dtype = Field(Dtype.AUTO, description="auto: bfloat16 where the device has it, else what it can do.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
+
+    host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback, keys are needed.")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        description="Port to bind; PORT is honoured too.",
+        validation_alias=AliasChoices("SERVE_PORT", "PORT"),
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="Accepted keys, separated by commas.")
+    allow_anonymous: bool = Field(False, description="Answer requests without a key on a public address.")
+
+    max_batch_size: int | None = Field(
+        None, ge=1, le=1024, description="Requests that run at once. Default: what fits."
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, description="Tokens of prompt and completion together. Default: the model's, at most 8192."
+    )
+    max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot; more get 429.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
+    load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
+    keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")
+    drain_timeout_s: float = Field(25.0, ge=0, le=3600, description="Seconds that running requests get on SIGTERM.")
+    log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(key for part in value.split(",") if (key := part.strip()))
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _explain_kubernetes(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                "this is Kubernetes' address of a Service named 'serve', not a port; "
+                "rename the Service or set enableServiceLinks: false"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine is EngineName.TRANSFORMERS and not self.model:
+            raise ValueError("SERVE_MODEL is not set: name a model folder or a Hugging Face id (or SERVE_ENGINE=echo)")
+        if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
+            raise ValueError(
+                f"SERVE_HOST={self.host} is reachable from other machines: "
+                "set SERVE_API_KEYS, or SERVE_ALLOW_ANONYMOUS=true to answer everyone"
+            )
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The model's id in the API."""
+        if self.model_name:
+            return self.model_name
+        if self.engine is EngineName.ECHO and not self.model:
+            return "echo"
+        return Path(self.model).resolve().name if Path(self.model).exists() else self.model
+
+    def engine_config(self) -> EngineConfig:
+        """The settings that concern the engine, as plain values."""
+        return EngineConfig(
+            device=self.device.value,
+            dtype=self.dtype.value,
+            max_batch_size=self.max_batch_size,
+            max_model_len=self.max_model_len,
+            max_queue=self.max_queue,
+            num_threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; ``overrides`` win.
+
+    Raises:
+        ConfigError: names every wrong variable, its value (secrets left out) and the remedy.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    variable = name if name.isupper() else PREFIX + name.upper()
+    shown = "" if "KEY" in variable else f"={problem['input']!r}"
+    return f"{variable}{shown}: {message}"
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """One warning for each ``SERVE_*`` variable that no setting has, with the nearest name.
+
+    Only warnings: platforms inject names of their own (``SERVE_SERVICE_HOST``).
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    warnings: list[str] = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known and not name.startswith(("SERVE_MODAL_", "SERVE_RUNPOD_")):
+            near = difflib.get_close_matches(name, known, n=1)
+            warnings.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else " and is ignored"))
+    return warnings
