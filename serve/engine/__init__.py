@@ -1,0 +1,1 @@
+"""Token ids in, token events out.  Knows no HTTP, JSON bodies, pydantic or platform."""

@@ -1,0 +1,153 @@
+"""The engine's protocol: token ids in, token events out.  Knows no HTTP, JSON, pydantic or platform.
+
+Torch-free: tests and the ``echo`` engine import this file alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from serve.errors import ServeError
+from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""``with phase("weights"):`` times one part of a cold start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine needs to know of the settings.  ``None`` means: choose, and log value and reason."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch_size: int | None = None
+    max_model_len: int | None = None
+    max_queue: int = 64
+    prefill_chunk_tokens: int = 512
+    num_threads: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model's files, complete and readable, and the parts of its tokenizer that the engine needs.
+
+    ``max_model_len`` is the context in tokens that requests are validated against.  ``adapter`` is a LoRA
+    folder to merge into ``folder``.
+    """
+
+    folder: Path
+    decode: Decode
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    adapter: Path | None = None
+
+
+class TokenStream:
+    """The events of one request, in order, on the event loop.
+
+    Iterating yields *everything that has arrived* as one tuple, so that a busy server writes several tokens
+    at once.  The last tuple's last event has a ``finish_reason``.  Leave early through :meth:`close`, which
+    aborts the request; closing twice, or after the end, does nothing.
+    """
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.has_started = False
+        self.is_finished = False
+        self._abort = abort
+        self._events: deque[TokenEvent] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, event: TokenEvent) -> None:
+        """Deliver one event.  Only called on the event loop; ignored after the end."""
+        if self.is_finished:
+            return
+        self.has_started = True
+        self.is_finished = event.finish_reason is not None
+        self._events.append(event)
+        self._arrived.set()
+
+    def fail(self, error: ServeError) -> None:
+        """End the stream with ``error`` and abort the request."""
+        if not self.is_finished:
+            self.put(TokenEvent(finish_reason=FinishReason.ERROR, error=error))
+            self._abort(self.request_id)
+
+    def close(self) -> None:
+        """Nobody reads any more: the engine drops the request before its next step."""
+        if not self.is_finished:
+            self.is_finished = True
+            self._abort(self.request_id)
+
+    async def next(self) -> tuple[TokenEvent, ...]:
+        """Wait for at least one event; empty after the last one."""
+        if not self._events and self.is_finished:
+            return ()
+        await self._arrived.wait()
+        events = tuple(self._events)
+        self._events.clear()
+        if not self.is_finished:
+            self._arrived.clear()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[tuple[TokenEvent, ...]]:
+        while events := await self.next():
+            yield events
+
+
+class Engine(Protocol):
+    """What ``serve.lifecycle`` and ``serve.api`` may ask of an engine.
+
+    ``load`` runs in a thread of its own; every other method is called on the event loop.
+    """
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and completion together; ``None`` before ``load``."""
+        ...
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Bring the model up, warmed.
+
+        Raises:
+            ModelLoadError: with the reason and the remedy.
+        """
+        ...
+
+    def start(self, on_death: Callable[[ServeError], None]) -> None:
+        """Begin stepping; requests that were submitted before now begin to run."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request, also while the model is loading.
+
+        Raises:
+            QueueFull: every slot is taken and ``max_queue`` requests wait.
+        """
+        ...
+
+    def fail_waiting(self, error: ServeError) -> None:
+        """End every request that has no slot yet."""
+        ...
+
+    def fail_all(self, error: ServeError) -> None:
+        """End every request."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Load at this moment."""
+        ...
+
+    async def close(self) -> None:
+        """Stop stepping and release the model."""
+        ...

@@ -1,0 +1,108 @@
+"""Token ids of one sequence to text, piece by piece: whole characters only, and nothing of a stop string.
+
+Torch-free.  The pieces joined are the same whatever the steps in which the tokens came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.engine.base import Decode
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A byte-level decoder shows an incomplete character as one U+FFFD, a byte-fallback decoder as one for each of
+# at most three bytes.
+MAX_HELD_MARKS = 3
+# Decoding starts this many tokens back at most; bytes that never become a character stop being held there.
+WINDOW_TOKENS = 16
+MAX_WINDOW_TOKENS = 64
+
+
+class IncrementalDecoder:
+    """Decodes a growing list of token ids without ever showing half a character.
+
+    Each push decodes a short window that starts at a character boundary, because a decoder may treat the first
+    token of a text differently (a leading space).
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_sent = 0  # characters of the window's text that were already returned
+        self._boundary = 0  # last index in the window before which the text ends with a whole character
+
+    def push(self, token_id: int) -> str:
+        """Add one token; return the text that became certain."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        certain = _without_incomplete(text)
+        if len(certain) != len(text) and len(self._window) > MAX_WINDOW_TOKENS:
+            certain = text
+        piece = certain[self._num_sent :]
+        self._num_sent = max(self._num_sent, len(certain))
+        if len(certain) == len(text):
+            self._shorten()
+        return piece
+
+    def _shorten(self) -> None:
+        if len(self._window) > WINDOW_TOKENS and self._boundary:
+            self._window = self._window[self._boundary :]
+            self._num_sent = len(self._decode(self._window))
+        self._boundary = len(self._window)
+
+
+def _without_incomplete(text: str) -> str:
+    end = len(text)
+    while end and len(text) - end < MAX_HELD_MARKS and text[end - 1] == REPLACEMENT:
+        end -= 1
+    return text[:end]
+
+
+class StopChecker:
+    """Finds the first stop string in a growing text; holds back what may still become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Add text; return what is certainly not part of a stop string, and whether one was found."""
+        if not self._stop:
+            return piece, False
+        text = self._held + piece
+        hits = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if hits:
+            self._held = ""
+            return text[: min(hits)], True
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text ended without a stop string: what was held is text after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class Detokenizer:
+    """One sequence's tokens to text pieces, up to the first stop string."""
+
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+        self._decoder = IncrementalDecoder(decode)
+        self._checker = StopChecker(stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Add one token; return new text and whether a stop string ended it."""
+        return self._checker.push(self._decoder.push(token_id))
+
+    def flush(self) -> str:
+        """Text still held back at the end.  An incomplete character is dropped, streamed or not."""
+        return self._checker.flush()

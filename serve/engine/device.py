@@ -1,0 +1,142 @@
+"""Where and how the model computes.  Every choice comes with its reason, and both are logged.
+
+Torch is imported inside the functions: importing this file stays cheap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from serve.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[T]):
+    """A value and why it was chosen."""
+
+    value: T
+    reason: str
+
+
+def preload_torch() -> None:
+    """Map torch's libraries without holding the GIL, so that ``import torch`` blocks the event loop less.
+
+    ``import`` holds it for the whole ``dlopen`` (130-280 ms measured on two cores); a foreign call does not.
+    Failing is harmless: the import does the work then.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations or os.name != "posix":
+        return
+    library = Path(spec.submodule_search_locations[0]) / "lib" / "libtorch_python.so"
+    if library.exists():
+        dlopen = ctypes.CDLL(None).dlopen
+        dlopen.restype = ctypes.c_void_p
+        dlopen.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        dlopen(str(library).encode(), os.RTLD_NOW)
+
+
+def choose_device(requested: str) -> Choice[torch.device]:
+    """``auto``: CUDA when there is a usable GPU, else CPU.
+
+    Raises:
+        ModelLoadError: CUDA was asked for and is not there.
+    """
+    import torch  # noqa: PLC0415
+
+    if requested == "cpu":
+        return Choice(torch.device("cpu"), "SERVE_DEVICE=cpu")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        return Choice(torch.device("cuda", 0), f"{name} found")
+    missing = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
+    if requested == "cuda":
+        raise ModelLoadError(f"SERVE_DEVICE=cuda, but {missing}; use SERVE_DEVICE=auto to run on the CPU")
+    return Choice(torch.device("cpu"), missing)
+
+
+def choose_dtype(requested: str, device: torch.device, checkpoint: str | None) -> Choice[torch.dtype]:
+    """``auto``: bfloat16 where the hardware computes in it, else float16 on CUDA and float32 on the CPU.
+
+    A float32 checkpoint is not kept: inference does not gain from it.
+    """
+    import torch  # noqa: PLC0415
+
+    if requested != "auto":
+        dtype: torch.dtype = getattr(torch, requested)
+        return Choice(dtype, f"SERVE_DTYPE={requested}")
+    origin = f"checkpoint is {checkpoint}" if checkpoint else "checkpoint names none"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice(torch.bfloat16, f"the GPU computes in bfloat16; {origin}")
+        return Choice(torch.float16, f"the GPU has no bfloat16; {origin}")
+    if _cpu_has_bfloat16():
+        return Choice(torch.bfloat16, f"the CPU computes in bfloat16; {origin}")
+    return Choice(torch.float32, f"the CPU has no bfloat16 instructions; {origin}")
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def choose_threads(requested: int | None) -> Choice[int]:
+    """The container's CPU quota, never the host's cores: more threads than cores stall each other."""
+    if requested is not None:
+        return Choice(requested, f"SERVE_THREADS={requested}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    if quota is not None and quota < cores:
+        return Choice(max(1, int(quota)), f"the container may use {quota:g} of {cores} cores")
+    return Choice(cores, f"{cores} cores may be used")
+
+
+def _cgroup_cpus() -> float | None:
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) / int(period)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free for the KV cache: VRAM on CUDA, else RAM within the container's limit."""
+    import torch  # noqa: PLC0415
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [_meminfo_available(), _cgroup_memory()]
+    return min((size for size in free if size is not None), default=2**30)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _cgroup_memory() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)

@@ -1,0 +1,67 @@
+"""An engine without a model: the completion is the prompt.  Deterministic, torch-free, for tests and smoke deploys.
+
+It runs behind the real queue, scheduler, detokenizer and step loop; only the arithmetic is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from serve.engine.base import EngineConfig, ModelFiles, Phase
+from serve.engine.scheduler import Batch
+from serve.engine.worker import StepEngine
+
+EOS_TOKEN_ID = 256
+VOCAB_SIZE = 257
+MAX_MODEL_LEN = 8192
+NUM_SLOTS = 8
+CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
+
+
+def encode(text: str) -> list[int]:
+    """One token for each byte of UTF-8, so that most characters outside ASCII span several tokens."""
+    return list(text.encode("utf-8", errors="replace"))
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """The inverse of :func:`encode`; special tokens are left out."""
+    return bytes(token_id for token_id in token_ids if token_id < EOS_TOKEN_ID).decode("utf-8", errors="replace")
+
+
+class EchoRunner:
+    """Repeats the prompt token by token, then ends the sequence."""
+
+    def __init__(self, config: EngineConfig, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
+        self.num_slots = config.max_batch_size or NUM_SLOTS
+        self.max_model_len = config.max_model_len or MAX_MODEL_LEN
+        self._step_s = step_s
+        self._load_s = load_s
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Sleep for ``load_s``."""
+        del files
+        with phase("weights"):
+            time.sleep(self._load_s)
+
+    def step(self, batch: Batch) -> list[int | None]:
+        """Sleep for ``step_s``, then give each sequence its next token."""
+        time.sleep(self._step_s)
+        return [self._next(sequence.prompt_token_ids, len(sequence.output_token_ids)) for sequence in batch.sampled]
+
+    def _next(self, prompt: Sequence[int], num_output_tokens: int) -> int:
+        return prompt[num_output_tokens] if num_output_tokens < len(prompt) else EOS_TOKEN_ID
+
+
+class EchoEngine(StepEngine):
+    """The echo runner behind the real step loop.
+
+    Args:
+        config: Slots, context and queue.
+        step_s: Seconds that each step takes.
+        load_s: Seconds that loading takes.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
+        config = config or EngineConfig()
+        super().__init__(config, EchoRunner(config, step_s=step_s, load_s=load_s))

@@ -1,0 +1,69 @@
+"""Keys and values of every slot, layer by layer.  Owned by the engine: nothing depends on transformers' caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+
+from serve.engine.scheduler import Move
+
+
+class KVCache:
+    """For each layer keys and values of shape ``[num_slots, max_len, num_kv_heads, head_dim]``.
+
+    A layer's tensors are made when it is first seen, so that the model itself says how many layers and heads it
+    has, and keys and values may differ in size.
+    """
+
+    def __init__(self, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.max_len = max_len
+        self._dtype = dtype
+        self._device = device
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache of one layer; ``key`` and ``value`` end in ``[..., num_kv_heads, head_dim]``."""
+        found = self._layers.get(index)
+        if found is None:
+            found = self._make(key.shape[-2:]), self._make(value.shape[-2:])
+            self._layers[index] = found
+        return found
+
+    def _make(self, shape: torch.Size) -> torch.Tensor:
+        return _zeros((self.num_slots, self.max_len, *shape), self._dtype, self._device)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers seen so far."""
+        return len(self._layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in all layers seen so far."""
+        tensors = [tensor for pair in self._layers.values() for tensor in pair]
+        return sum(tensor[0, 0].numel() * tensor.element_size() for tensor in tensors)
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Carry out the scheduler's moves, in order."""
+        for move in moves:
+            for pair in self._layers.values():
+                for tensor in pair:
+                    tensor[move.target, : move.num_tokens] = tensor[move.source, : move.num_tokens]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take no memory before they are written, where the device can do that.
+
+    They must read as zero: a masked weight of 0 times a stray NaN is NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    import numpy as np  # noqa: PLC0415
+
+    num_bytes = torch.empty((), dtype=dtype).element_size()
+    for size in shape:
+        num_bytes *= size
+    return cast("Any", torch).from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,175 @@
+"""Computes one step of an unmodified transformers model.  All tensors live here and below; no asyncio, no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from typing import Any
+
+from serve.engine.base import EngineConfig, ModelFiles, Phase
+from serve.engine.device import (
+    available_memory,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    preload_torch,
+)
+from serve.engine.scheduler import Batch, Scheduler
+from serve.engine.sizing import fit_cache
+from serve.engine.worker import StepEngine
+from serve.errors import ModelLoadError, OutOfMemory
+from serve.types import GenerationRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+CPU_SLOTS = 16
+CUDA_SLOTS = 64
+CPU_CACHE_SHARE = 0.5
+CUDA_CACHE_SHARE = 0.85
+
+
+class TransformersRunner:
+    """Loads a model, sizes its KV cache, runs batches.
+
+    ``load`` and ``step`` may be called from different threads, one at a time.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self.num_slots = 0
+        self.max_model_len = 0
+        self._threads = choose_threads(config.num_threads)
+        self._threads_set_for: int | None = None
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Import torch, load the weights, prove the model on a probe, size the cache, warm up.
+
+        Raises:
+            ModelLoadError: with the reason and the remedy.
+        """
+        with phase("import_torch"):
+            # Spinning OpenMP threads starve the event loop and each other on shared cores; read when torch is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            preload_torch()
+            import torch  # noqa: PLC0415
+        with phase("import_transformers"):
+            from serve.engine import loader  # noqa: PLC0415
+            from serve.engine.sampler import Sampler  # noqa: PLC0415
+
+            loader.import_transformers()
+        self._device = choose_device(self._config.device)
+        checkpoint = loader.checkpoint_dtype(loader.read_config(files.folder))
+        self._dtype = choose_dtype(self._config.dtype, self._device.value, checkpoint)
+        logger.info("Device: %s (%s)", self._device.value, self._device.reason)
+        logger.info("Dtype: %s (%s)", self._dtype.value, self._dtype.reason)
+        logger.info("Threads: %d (%s)", self._threads.value, self._threads.reason)
+        self._use_threads()
+        with phase("weights"), torch.inference_mode():
+            self._model = loader.load_model(files, self._dtype.value, self._device.value, self._config)
+        with phase("probe"), torch.inference_mode():
+            bytes_per_token = loader.probe(self._model, files.max_model_len)
+        with phase("kv_cache"):
+            self._make_cache(bytes_per_token, files.max_model_len)
+        self._sampler = Sampler(self._device.value, secrets.randbits(63))
+        with phase("warm_up"):
+            self._warm_up()
+
+    def _make_cache(self, bytes_per_token: int, model_len: int) -> None:
+        from serve.engine.kv_cache import KVCache  # noqa: PLC0415
+
+        device = self._device.value
+        on_cuda = device.type == "cuda"
+        size = fit_cache(
+            bytes_per_token=bytes_per_token,
+            budget=int(available_memory(device) * (CUDA_CACHE_SHARE if on_cuda else CPU_CACHE_SHARE)),
+            model_len=model_len,
+            default_slots=CUDA_SLOTS if on_cuda else CPU_SLOTS,
+            max_batch_size=self._config.max_batch_size,
+            max_model_len=self._config.max_model_len,
+        )
+        logger.info("KV cache: %s", size.reason)
+        self.num_slots, self.max_model_len = size.num_slots, size.max_model_len
+        self._cache = KVCache(size.num_slots, size.max_model_len, self._dtype.value, device)
+
+    def _warm_up(self) -> None:
+        """Two tokens of one request, so that the first user does not pay for first calls."""
+        scheduler = Scheduler(num_slots=1, prefill_chunk_tokens=8, eos_token_ids=frozenset())
+        params = SamplingParams(max_tokens=2, temperature=1.0, seed=0)
+        scheduler.add(GenerationRequest(request_id="warm-up", prompt_token_ids=(1, 2, 3), params=params))
+        while scheduler.has_work:
+            batch = scheduler.schedule()
+            token_ids = self.step(batch)
+            if None in token_ids:
+                raise ModelLoadError(
+                    f"the model's logits are not finite in {self._dtype.value}; try SERVE_DTYPE=bfloat16 or float32"
+                )
+            scheduler.complete(batch, [token_id or 0 for token_id in token_ids])
+            scheduler.release()
+
+    def step(self, batch: Batch) -> list[int | None]:
+        """Run a batch: one token id for each of ``batch.sampled``, None where the logits were not finite.
+
+        Raises:
+            OutOfMemory: nothing of this step counts; cached keys and values stay valid.
+        """
+        import torch  # noqa: PLC0415
+
+        self._use_threads()
+        try:
+            with torch.inference_mode():
+                self._cache.move(batch.moves)
+                logits = self._forward(batch)
+                return self._sampler.sample(logits, batch.sampled) if batch.sampled else []
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemory("the GPU has no memory left for this request; try again or shorten it") from error
+        except RuntimeError as error:
+            if "not enough memory" not in str(error):  # DefaultCPUAllocator's words
+                raise
+            raise OutOfMemory("the server has no memory left for this request; try again or shorten it") from error
+
+    def _forward(self, batch: Batch) -> Any:
+        """Logits ``[num_sampled, vocab_size]``."""
+        import torch  # noqa: PLC0415
+
+        from serve.engine.attention import make_context  # noqa: PLC0415
+
+        token_ids = [_last_token(sequence) for sequence in batch.decodes]
+        positions = [sequence.num_computed_tokens for sequence in batch.decodes]
+        wanted = list(range(len(batch.decodes)))
+        for chunk in batch.chunks:
+            token_ids += chunk.sequence.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens]
+            positions += range(chunk.start, chunk.start + chunk.num_tokens)
+            if chunk.completes_prompt:
+                wanted.append(len(token_ids) - 1)
+        device = self._device.value
+        return self._model(
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            # A step of partial prompts needs no logits, but every model takes one row.
+            logits_to_keep=torch.tensor(wanted or [0], device=device),
+            step=make_context(batch, self._cache, self._dtype.value, device),
+        ).logits[0]
+
+    def _use_threads(self) -> None:
+        """OpenMP's thread count belongs to the calling thread."""
+        import threading  # noqa: PLC0415
+
+        import torch  # noqa: PLC0415
+
+        if self._threads_set_for != threading.get_ident():
+            torch.set_num_threads(self._threads.value)
+            self._threads_set_for = threading.get_ident()
+
+
+def _last_token(sequence: Any) -> int:
+    return sequence.output_token_ids[-1]
+
+
+class TransformersEngine(StepEngine):
+    """A transformers model behind the step loop."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, TransformersRunner(config))

@@ -1,0 +1,282 @@
+"""The step loop: one thread that owns the model, and its bridge to the event loop.
+
+The only file of the engine that touches both.  Commands go in through a queue; events come out through one
+``call_soon_threadsafe`` a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve.engine.base import EngineConfig, ModelFiles, Phase, TokenStream
+from serve.engine.detokenizer import Detokenizer
+from serve.engine.scheduler import Batch, Scheduler, Sequence
+from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
+from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Computes one step.  All tensors live behind this."""
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that fit in the KV cache, known after ``load``."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that fit in one slot, known after ``load``."""
+        ...
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Bring the model up, warmed.  Raises ``ModelLoadError``."""
+        ...
+
+    def step(self, batch: Batch) -> list[int | None]:
+        """One token id for each of ``batch.sampled``; ``None`` where the logits were not finite.
+
+        Raises:
+            OutOfMemory: nothing of this step counts.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _FailWaiting:
+    error: ServeError
+
+
+@dataclass(slots=True)
+class _Live:
+    sequence: Sequence
+    detokenizer: Detokenizer
+    added_at: float
+    queue_s: float | None = None
+    has_sent: bool = False
+
+
+_Command = GenerationRequest | _Abort | _FailWaiting | None
+_Events = list[tuple[str, TokenEvent]]
+
+
+class StepEngine:
+    """An :class:`~serve.engine.base.Engine` around a :class:`Runner`: queue, step loop, delivery."""
+
+    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+        self._config = config
+        self._runner = runner
+        self._files: ModelFiles | None = None
+        self._streams: dict[str, TokenStream] = {}
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._live: dict[str, _Live] = {}
+        self._scheduler: Scheduler | None = None
+        self._num_steps = 0
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and completion together; ``None`` before ``load``."""
+        return self._runner.max_model_len if self._files else None
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Bring the model up; blocking, in the loader's thread."""
+        self._runner.load(files, phase)
+        self._files = files
+
+    def start(self, on_death: Callable[[ServeError], None]) -> None:
+        """Begin stepping on a thread of its own."""
+        if self._files is None:
+            raise RuntimeError("load() must come before start()")
+        self._scheduler = Scheduler(
+            num_slots=self._runner.num_slots,
+            prefill_chunk_tokens=self._config.prefill_chunk_tokens,
+            eos_token_ids=self._files.eos_token_ids,
+        )
+        loop = asyncio.get_running_loop()
+
+        def deliver(events: _Events) -> None:
+            loop.call_soon_threadsafe(self._deliver, events)
+
+        def die(error: ServeError) -> None:
+            loop.call_soon_threadsafe(self._die, error, on_death)
+
+        self._thread = threading.Thread(
+            target=self._run, args=(self._scheduler, self._files, deliver, die), name="engine", daemon=True
+        )
+        self._thread.start()
+
+    # On the event loop.
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request; it waits while the model is loading."""
+        num_slots = self._runner.num_slots if self._files else 0
+        if len(self._streams) >= num_slots + self._config.max_queue:
+            raise QueueFull(
+                f"{num_slots} requests are running and {len(self._streams) - num_slots} wait; try again shortly",
+                retry_after=1.0,
+            )
+        stream = TokenStream(request.request_id, self.abort)
+        self._streams[request.request_id] = stream
+        self._commands.put(request)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request before the next step."""
+        if self._streams.pop(request_id, None):
+            self._commands.put(_Abort(request_id))
+
+    def fail_waiting(self, error: ServeError) -> None:
+        """End every request that has no slot yet."""
+        if self._thread is None:
+            self.fail_all(error)
+        else:
+            self._commands.put(_FailWaiting(error))
+
+    def fail_all(self, error: ServeError) -> None:
+        """End every request."""
+        for stream in list(self._streams.values()):
+            stream.fail(error)
+
+    def stats(self) -> EngineStats:
+        """Load at this moment."""
+        scheduler = self._scheduler
+        num_running = len(scheduler.running) + len(scheduler.prefilling) if scheduler else 0
+        return EngineStats(
+            num_waiting=max(0, len(self._streams) - num_running),
+            num_running=num_running,
+            num_slots=self._runner.num_slots if self._files else 0,
+            num_steps=self._num_steps,
+        )
+
+    async def close(self) -> None:
+        """Stop the thread after its current step."""
+        if self._thread is not None:
+            self._commands.put(None)
+            await asyncio.to_thread(self._thread.join, 10.0)
+
+    def _deliver(self, events: _Events) -> None:
+        for request_id, event in events:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            if event.finish_reason is not None:
+                del self._streams[request_id]
+            stream.put(event)
+
+    def _die(self, error: ServeError, on_death: Callable[[ServeError], None]) -> None:
+        on_death(error)
+        self.fail_all(error)
+
+    # On the engine's thread.
+
+    def _run(
+        self,
+        scheduler: Scheduler,
+        files: ModelFiles,
+        deliver: Callable[[_Events], None],
+        die: Callable[[ServeError], None],
+    ) -> None:
+        try:
+            while True:
+                events: _Events = []
+                if not self._obey(scheduler, files, events):
+                    return
+                scheduler.release()
+                if scheduler.has_work:
+                    events += self._step(scheduler)
+                if events:
+                    deliver(events)
+        except BaseException as error:
+            logger.exception("The step loop ended")
+            die(EngineDead(f"the engine stopped: {type(error).__name__}"))
+
+    def _obey(self, scheduler: Scheduler, files: ModelFiles, events: _Events) -> bool:
+        """Carry out all commands, waiting for one when there is nothing to step; False means stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not (scheduler.has_work or events))
+            except queue.Empty:
+                return True
+            match command:
+                case None:
+                    return False
+                case _Abort(request_id):
+                    self._live.pop(request_id, None)
+                    scheduler.abort(request_id)
+                    scheduler.release()
+                case _FailWaiting(error):
+                    for sequence in tuple(scheduler.waiting):
+                        events.append(self._end_with(sequence, error))
+                    scheduler.release()
+                case request:
+                    self._add(scheduler, files, request, events)
+
+    def _add(self, scheduler: Scheduler, files: ModelFiles, request: GenerationRequest, events: _Events) -> None:
+        needed, room = len(request.prompt_token_ids) + request.params.max_tokens, self._runner.max_model_len
+        if needed > room:
+            message = f"prompt and completion need {needed} tokens, but a slot has room for {room}"
+            error = ContextLengthExceeded(message, param="max_tokens")
+            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
+            return
+        detokenizer = Detokenizer(files.decode, request.params.stop)
+        self._live[request.request_id] = _Live(scheduler.add(request), detokenizer, time.perf_counter())
+
+    def _step(self, scheduler: Scheduler) -> Iterable[tuple[str, TokenEvent]]:
+        batch = scheduler.schedule()
+        now = time.perf_counter()
+        for chunk in batch.chunks:
+            live = self._live[chunk.sequence.request.request_id]
+            if live.queue_s is None:
+                live.queue_s = now - live.added_at
+        try:
+            token_ids = self._runner.step(batch)
+        except OutOfMemory as error:
+            return self._shed(batch, error)
+        self._num_steps += 1
+        scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in token_ids])
+        return [self._event(sequence, token_id) for sequence, token_id in zip(batch.sampled, token_ids, strict=True)]
+
+    def _shed(self, batch: Batch, error: OutOfMemory) -> _Events:
+        """Give up the newest work of a step that did not fit; the rest is tried again."""
+        newest = [chunk.sequence for chunk in batch.chunks] or [batch.decodes[-1]]
+        logger.warning("Out of memory in a step: %d of %d requests given up", len(newest), len(self._live))
+        return [self._end_with(sequence, error) for sequence in newest]
+
+    def _event(self, sequence: Sequence, token_id: int | None) -> tuple[str, TokenEvent]:
+        request_id = sequence.request.request_id
+        if token_id is None:
+            return self._end_with(sequence, GenerationFailed("the model's logits for this request are not finite"))
+        live = self._live[request_id]
+        text = ""
+        if sequence.finish_reason is not FinishReason.STOP:
+            text, is_stopped = live.detokenizer.push(token_id)
+            if is_stopped:
+                sequence.finish_reason = FinishReason.STOP
+        if sequence.finish_reason is not None:
+            text += live.detokenizer.flush()
+            del self._live[request_id]
+        queue_s, live.has_sent = (None if live.has_sent else live.queue_s), True
+        usage = sequence.usage if sequence.finish_reason else None
+        return request_id, TokenEvent(
+            text=text, token_id=token_id, finish_reason=sequence.finish_reason, usage=usage, queue_s=queue_s
+        )
+
+    def _end_with(self, sequence: Sequence, error: ServeError) -> tuple[str, TokenEvent]:
+        sequence.finish_reason = FinishReason.ERROR
+        request_id = sequence.request.request_id
+        del self._live[request_id]
+        return request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error, usage=sequence.usage)
