@@ -1,0 +1,1 @@
+"""HTTP: FastAPI routes over the lifecycle and the engine's protocol.  No torch, no transformers."""

@@ -1,0 +1,80 @@
+"""The app: settings and an engine in, ASGI out.  A composition root; there is no app at module level."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
+
+from serve.api import chat, health, models, pages
+from serve.api.auth import KeyRing
+from serve.api.errors import install_handlers
+from serve.api.middleware import BodyLimit, Boundary, Gate
+from serve.engine.base import Engine
+from serve.lifecycle import Lifecycle
+from serve.settings import EngineName, Settings, load_settings
+from serve.source import choose_origin
+
+
+def create_engine(settings: Settings) -> Engine:
+    """The engine that ``SERVE_ENGINE`` names.  Imports torch no earlier than its ``load``."""
+    if settings.engine is EngineName.ECHO:
+        from serve.engine.echo import EchoEngine  # noqa: PLC0415
+
+        return EchoEngine(settings.engine_config())
+    from serve.engine.runner import TransformersEngine  # noqa: PLC0415
+
+    return TransformersEngine(settings.engine_config())
+
+
+def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
+    """An app that loads its model when it starts.
+
+    Args:
+        settings: The environment's, if left out.
+        engine: Replaces the one that the settings name.
+
+    Raises:
+        ConfigError: the environment is wrong.
+    """
+    settings = settings or load_settings()
+    lifecycle = Lifecycle(settings, engine or create_engine(settings), choose_origin(settings))
+    keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
+    app = FastAPI(
+        title="Trimaran",
+        version=health.package_version(),
+        summary="An OpenAI-compatible server for one Hugging Face model.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
+        generate_unique_id_function=_operation_id,
+        middleware=[
+            Middleware(Boundary),
+            Middleware(Gate, keys=keys),
+            Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+        ],
+    )
+    app.state.settings = settings
+    app.state.lifecycle = lifecycle
+    install_handlers(app)
+    for router in (chat.router, models.router, health.router, pages.router):
+        app.include_router(router)
+    pages.mount_assets(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    lifecycle: Lifecycle = app.state.lifecycle
+    lifecycle.start()
+    yield
+    # Whoever runs the app may have drained it already (serve.server does); then this returns at once.
+    await lifecycle.drain(0.0 if lifecycle.is_drained else app.state.settings.drain_timeout_s)
+    await lifecycle.close()
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

@@ -1,0 +1,78 @@
+"""API keys: who may ask.  Everything is denied by default; the open paths are listed here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+
+from serve.errors import AuthenticationError
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping"})
+"""Health for the platform, and the playground: a static page without data, which asks for the key itself."""
+
+BASIC_PATHS = ("/docs", "/redoc", "/openapi.json")
+"""A browser can only ask for a key in its HTTP Basic dialogue: the key is the password."""
+
+
+def accepts_basic(path: str) -> bool:
+    """Whether the key may come as the password of HTTP Basic."""
+    return any(path == allowed or path.startswith(allowed + "/") for allowed in BASIC_PATHS)
+
+
+def challenge(path: str) -> str:
+    """The ``WWW-Authenticate`` of a 401."""
+    return 'Basic realm="Trimaran: any user name, the API key as password", Bearer' if accepts_basic(path) else "Bearer"
+
+
+class KeyRing:
+    """The accepted keys, kept as digests."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @property
+    def is_empty(self) -> bool:
+        """No key was configured: everyone may ask."""
+        return not self._digests
+
+    def identify(self, key: str) -> str:
+        """A name for the key's owner that reveals nothing of the key.
+
+        Compares with every key, each in constant time.
+
+        Raises:
+            AuthenticationError: no such key.
+        """
+        digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(matches):
+            raise AuthenticationError("this API key is not accepted; check it, or ask the operator for one")
+        return "key-" + digest.hex()[:8]
+
+    def caller(self, path: str, headers: Mapping[str, str]) -> str:
+        """Who asks, by the key in ``headers`` (lower-case names).  ``X-API-Key`` wins over ``Authorization``.
+
+        Raises:
+            AuthenticationError: no key, or not an accepted one.
+        """
+        if path in OPEN_PATHS or self.is_empty:
+            return "anonymous"
+        key = headers.get("x-api-key") or _from_authorization(headers.get("authorization", ""), accepts_basic(path))
+        if not key:
+            raise AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
+        return self.identify(key)
+
+
+def _from_authorization(value: str, basic: bool) -> str:
+    scheme, _, credentials = value.partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if basic and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""

@@ -1,0 +1,138 @@
+"""Exceptions to HTTP: the only table of statuses, and OpenAI's error body for everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from serve import errors
+from serve.api.schemas.common import ErrorBody, ErrorResponse
+from serve.errors import InvalidRequest, ServeError
+
+INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
+
+TABLE: dict[type[ServeError], tuple[int, str]] = {
+    errors.InvalidRequest: (400, INVALID),
+    errors.UnsupportedParameter: (400, INVALID),
+    errors.ContextLengthExceeded: (400, INVALID),
+    errors.AuthenticationError: (401, "authentication_error"),
+    errors.PermissionDenied: (403, "permission_error"),
+    errors.ModelNotFound: (404, INVALID),
+    errors.RequestTooLarge: (413, INVALID),
+    errors.UnsupportedMediaType: (415, INVALID),
+    errors.QueueFull: (429, "rate_limit_error"),
+    errors.RateLimited: (429, "rate_limit_error"),
+    errors.GenerationFailed: (500, SERVER),
+    errors.EngineNotReady: (503, BUSY),
+    errors.ShuttingDown: (503, BUSY),
+    errors.OutOfMemory: (503, BUSY),
+    errors.ModelLoadError: (503, SERVER),
+    errors.EngineDead: (503, SERVER),
+    errors.DeadlineExceeded: (504, BUSY),
+}
+
+MAX_SHOWN = 60
+"""Characters of a wrong value that an error repeats."""
+
+Scope = Mapping[str, Any]
+
+
+def status_of(error: ServeError) -> int:
+    """The HTTP status of an error."""
+    return TABLE[type(error)][0]
+
+
+def error_json(error: ServeError) -> bytes:
+    """OpenAI's error object, encoded."""
+    kind = TABLE[type(error)][1]
+    body = ErrorBody(message=error.message, type=kind, param=error.param, code=error.code)
+    return to_json(ErrorResponse(error=body))
+
+
+def error_response(error: ServeError) -> Response:
+    """The answer to a request that failed before its first byte."""
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    return Response(error_json(error), status_of(error), headers, "application/json")
+
+
+def plain_error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The same body for what has no class of its own: unknown paths, wrong methods, bugs."""
+    kind = SERVER if status >= 500 else INVALID
+    body = ErrorResponse(error=ErrorBody(message=message, type=kind, param=None, code=None))
+    return Response(to_json(body), status, dict(headers or {}), "application/json")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every exception that a route raises on purpose."""
+    app.add_exception_handler(ServeError, _on_serve_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+async def _on_serve_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError)  # noqa: S101 - as registered
+    record = request.scope.get("trimaran.record")
+    if record is not None:
+        record.error_code = error.code
+    return error_response(error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - as registered
+    return error_response(explain(error.errors(), error.body))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - as registered
+    path = request.url.path
+    if error.status_code == 404:
+        message = f"unknown path {path}; see /docs for what there is"
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed on {path}"
+    else:
+        message = str(error.detail)
+    return plain_error(error.status_code, message, error.headers)
+
+
+def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
+    """The most specific of a validation's problems: which field, which value, what it should be."""
+    found = max(((_path(problem, body), problem) for problem in problems), key=lambda pair: len(pair[0]))
+    path, problem = found
+    name = _dotted(path)
+    if problem["type"] == "missing":
+        return InvalidRequest(f"{name} is missing; it is required", param=name or None)
+    shown = repr(problem.get("input"))
+    shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return InvalidRequest(f"{name or 'the body'}: {message[:1].lower()}{message[1:]}, not {shown}", param=name or None)
+
+
+def _path(problem: Any, body: Any) -> list[str | int]:
+    """The problem's place in the body, without pydantic's names of union members."""
+    path: list[str | int] = []
+    here: Any = body
+    places = list(problem["loc"])[1:]  # the first is "body"
+    for place in places:
+        if (isinstance(here, dict) and place in here) or (isinstance(here, list) and isinstance(place, int)):
+            here = here[place] if isinstance(here, dict) or place < len(here) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            path.append(place)
+        elif problem["type"] == "missing" and place is places[-1]:
+            path.append(place)
+    return path
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    text = ""
+    for place in path:
+        text += f"[{place}]" if isinstance(place, int) else f".{place}" if text else str(place)
+    return text

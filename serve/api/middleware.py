@@ -1,0 +1,143 @@
+"""What every request passes, in pure ASGI so that streams and disconnects stay visible.
+
+From the outside in: :class:`Boundary` (request id, HEAD, last resort for exceptions, one log line),
+:class:`Gate` (keys), :class:`BodyLimit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.api.auth import OPEN_PATHS, KeyRing, challenge
+from serve.api.errors import error_response, plain_error
+from serve.errors import AuthenticationError, RequestTooLarge
+from serve.observe import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+CLIENT_CLOSED = 499
+"""Logged when the client left before an answer; never sent."""
+
+MAX_DISCARDED_BYTES = 64 * 2**20
+"""An oversized body is read to its end up to here, so that the client sees the 413 and keeps its connection."""
+
+
+class Boundary:
+    """The outermost layer: an exception that gets here is answered and swallowed, and the connection lives."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, whatever happens inside."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = Headers(scope=scope).get("x-request-id", "")
+        request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
+        record = RequestRecord(request_id=request_id, method=scope["method"], route=scope["path"])
+        is_head = scope["method"] == "HEAD"
+        scope = {**scope, "method": "GET" if is_head else scope["method"], "trimaran.record": record}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("Unexpected error in request %s", request_id)
+            if record.status is not None:  # too late for another status
+                raise
+            response = plain_error(500, f"internal error; tell the operator the request id {request_id}")
+            await response(scope, receive, send_with_id)
+        finally:
+            if record.status is None:
+                record.status = CLIENT_CLOSED
+            if scope["path"] not in OPEN_PATHS:
+                record.log()
+
+
+class Gate:
+    """Turns requests without an accepted key away, before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request in, or answer 401."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = self._keys.caller(scope["path"], Headers(scope=scope))
+        except AuthenticationError as error:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": "no accepted API key"})
+                return
+            response = error_response(error)
+            response.headers["www-authenticate"] = challenge(scope["path"])
+            await response(scope, receive, send)
+            return
+        if (record := scope.get("trimaran.record")) is not None:
+            record.caller = caller
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies beyond ``max_bytes``, declared or not, without keeping them."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request whose body is counted as it is read."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await self._refuse(0, int(declared), scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_bytes:
+                    await _discard(message, num_bytes, receive)
+                    raise self._error()
+            return message
+
+        await self._app(scope, counted, send)
+
+    async def _refuse(self, num_read: int, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(self._error())
+        if declared <= MAX_DISCARDED_BYTES:
+            await _discard({"more_body": True}, num_read, receive)
+        else:
+            response.headers["connection"] = "close"
+        await response(scope, receive, send)
+
+    def _error(self) -> RequestTooLarge:
+        return RequestTooLarge(f"the body exceeds {self._max_bytes} bytes; send less text")
+
+
+async def _discard(message: Message, num_bytes: int, receive: Receive) -> None:
+    while message.get("more_body") and num_bytes <= MAX_DISCARDED_BYTES:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))

@@ -1,0 +1,82 @@
+"""Server-sent events: frames, comments while nothing comes, and the end of a request whose reader is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Protocol
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve.api.completion import RecordedStream
+from serve.api.errors import error_json
+from serve.errors import GenerationFailed, ServeError
+from serve.types import TokenEvent
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
+
+
+def frame(data: bytes) -> bytes:
+    """One event; ``data`` is JSON, which has no line breaks."""
+    return b"data: " + data + b"\n\n"
+
+
+class Shape(Protocol):
+    """Turns a request's events into the frames of one wire."""
+
+    def frames(self, event: TokenEvent) -> Iterable[bytes]:
+        """The frames of one event; the last event also closes the wire's stream."""
+        ...
+
+
+async def event_frames(stream: RecordedStream, shape: Shape, keep_alive_s: float) -> AsyncIterator[bytes]:
+    """All frames of a request; what arrived together goes out in one write.
+
+    An error after the headers becomes an event, since the status is already sent.
+    """
+    try:
+        while True:
+            try:
+                events = await asyncio.wait_for(stream.next(), keep_alive_s)
+                break
+            except TimeoutError:
+                yield KEEP_ALIVE
+        while events:
+            yield b"".join(piece for event in events for piece in _frames(event, shape))
+            events = await stream.next()
+    except ServeError as error:
+        yield frame(error_json(error)) + DONE
+    except Exception:
+        logger.exception("Unexpected error in the stream of request %s", stream.request_id)
+        yield frame(error_json(GenerationFailed("internal error while streaming"))) + DONE
+
+
+def _frames(event: TokenEvent, shape: Shape) -> Iterable[bytes]:
+    if event.error is not None:
+        yield frame(error_json(event.error))
+        yield DONE
+    else:
+        yield from shape.frames(event)
+
+
+class EventStream(StreamingResponse):
+    """Sends frames; whatever ends it, ``on_end`` is called, so that the engine never works for nobody."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncIterator[bytes], headers: dict[str, str], on_end: Callable[[], None]) -> None:
+        super().__init__(frames, headers={**HEADERS, **headers})
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end or until the client is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()

@@ -1,0 +1,1 @@
+"""Messages to token ids.  Knows no HTTP, no engine, no platform."""

@@ -1,0 +1,134 @@
+"""Text to token ids and back, through the Rust ``tokenizers`` library; transformers only where that is not exact.
+
+A tokenizer is ready a tenth of a second after its files are, long before the model, so that requests are
+validated while the weights still load.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from serve.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer(Protocol):
+    """What chat and the engine need of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Such as ``{"bos_token": "<s>"}``; chat templates use them."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own template, in Jinja."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens in the text count as such, none is added."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text, special tokens left out."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token."""
+        ...
+
+
+class HubTokenizer:
+    """A tokenizer from a model's folder.
+
+    Raises:
+        ModelLoadError: the folder has no tokenizer that can be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = _read_json(folder / "tokenizer_config.json")
+        self._rust = _load_rust(folder, config)
+        self.special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
+        self.chat_template = _chat_template(folder, config)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens in the text count as such, none is added."""
+        # The batch call releases the GIL, so that a long prompt does not stop the event loop.
+        return self._rust.encode_batch([text], add_special_tokens=False)[0].ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text, special tokens left out."""
+        return self._rust.decode(token_ids, skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token."""
+        return self._rust.token_to_id(token)
+
+
+def _load_rust(folder: Path, config: dict[str, Any]) -> Any:
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            import tokenizers  # noqa: PLC0415
+
+            rust: Any = tokenizers.Tokenizer.from_file(str(path))
+            if _has_all_added_tokens(rust, config):
+                rust.no_truncation()
+                rust.no_padding()
+                logger.info("Tokenizer: %s (tokenizers, exact)", path.name)
+                return rust
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        slow: Any = cast("Any", AutoTokenizer).from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelLoadError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
+    logger.info("Tokenizer: %s (transformers; tokenizer.json is missing or incomplete)", type(slow).__name__)
+    if not hasattr(slow, "backend_tokenizer"):
+        raise ModelLoadError(f"{type(slow).__name__} has no fast tokenizer; convert it to tokenizer.json")
+    return slow.backend_tokenizer
+
+
+def _has_all_added_tokens(rust: Any, config: dict[str, Any]) -> bool:
+    """tokenizer_config.json may add tokens that tokenizer.json lacks; transformers then adds them while loading."""
+    added = cast("dict[str, dict[str, Any]]", config.get("added_tokens_decoder") or {})
+    return all(rust.token_to_id(token["content"]) == int(token_id) for token_id, token in added.items())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path.name} is not a JSON object")
+    return cast("dict[str, Any]", content)
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        text = cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", template)}
+        return named.get("default")
+    return cast("str | None", template)

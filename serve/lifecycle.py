@@ -1,0 +1,214 @@
+"""loading -> ready -> draining -> dead: one model and its engine, from an open port to the last token.
+
+The HTTP port opens first.  A thread then brings the tokenizer (requests can be validated), the weights and the
+engine (requests that waited begin to run).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from typing import Any
+
+from serve.engine.base import Engine, TokenStream
+from serve.errors import EngineDead, EngineNotReady, ModelLoadError, ServeError, ShuttingDown
+from serve.settings import Settings
+from serve.source import LoadedTokenizer, ModelOrigin
+from serve.types import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_LOADING_S = 5.0
+RETRY_AFTER_DRAINING_S = 10.0
+
+
+class State(StrEnum):
+    """What the server can do now."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Lifecycle:
+    """Owns the loading thread, the state and the cold-start phases.  Everything else runs on the event loop.
+
+    Args:
+        settings: The container's.
+        engine: Not yet loaded.
+        origin: Where tokenizer and weights come from.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, origin: ModelOrigin) -> None:
+        self.engine = engine
+        self.state = State.LOADING
+        self.failure: ServeError | None = None
+        self.phases: dict[str, float] = {}
+        self.current_phase: str | None = None
+        self.started_at = time.time()
+        self.is_drained = False
+        self._settings = settings
+        self._origin = origin
+        self._began = time.perf_counter()
+        self._tokenizer: LoadedTokenizer | None = None
+        self._tokenizer_known = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._rendering = ThreadPoolExecutor(2, thread_name_prefix="chat")
+        self._thread: threading.Thread | None = None
+        self._on_failure: list[Callable[[ServeError], None]] = []
+
+    def start(self) -> None:
+        """Begin loading; returns at once."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._load, args=(loop,), name="loader", daemon=True)
+        self._thread.start()
+
+    def on_failure(self, callback: Callable[[ServeError], None]) -> None:
+        """Call ``callback`` when the model cannot be served (any more)."""
+        self._on_failure.append(callback)
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Time one part of the cold start."""
+        self.current_phase, began = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self.phases[name] = round(seconds, 4)
+            self.current_phase = None
+            logger.info("Phase %s: %.2f s", name, seconds, extra={"phase": name, "seconds": round(seconds, 4)})
+
+    # In the loader's thread.
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            with self.phase("tokenizer"):
+                tokenizer = self._origin.load_tokenizer()
+            loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer)
+            with self.phase("fetch"):
+                files = self._origin.fetch(tokenizer)
+            self.engine.load(files, self.phase)
+            loop.call_soon_threadsafe(self._loaded)
+        except BaseException as error:
+            failure = error if isinstance(error, ServeError) else ModelLoadError(f"{type(error).__name__}: {error}")
+            if failure is error:
+                logger.error("The model cannot be served: %s", failure.message)
+            else:
+                logger.exception("The model cannot be served")
+            with suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(self._fail, failure)
+
+    # On the event loop.
+
+    def _tokenizer_loaded(self, tokenizer: LoadedTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer_known.set()
+
+    def _loaded(self) -> None:
+        self.phases["total"] = round(time.perf_counter() - self._began, 4)
+        self.engine.start(self._fail)
+        if self.state is State.LOADING:
+            self.state = State.READY
+            logger.info("Ready after %.2f s", self.phases["total"], extra={"phases": dict(self.phases)})
+        self._settled.set()
+
+    def _fail(self, error: ServeError) -> None:
+        self.state, self.failure = State.DEAD, error
+        self._tokenizer_known.set()
+        self._settled.set()
+        self.engine.fail_all(error)
+        for callback in self._on_failure:
+            callback(error)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and completion together, as far as known."""
+        known = self._tokenizer.max_model_len if self._tokenizer else None
+        return self.engine.max_model_len or known
+
+    @property
+    def default_sampling(self) -> Mapping[str, float]:
+        """What the model's own generation_config.json says of temperature, top_p, top_k and min_p."""
+        return self._tokenizer.default_sampling if self._tokenizer else {}
+
+    def check_admission(self) -> None:
+        """Raise the error that a new request would get now: ``ShuttingDown``, ``EngineDead`` or ``ModelLoadError``."""
+        if self.state is State.DEAD:
+            raise self.failure or EngineDead("the engine stopped")
+        if self.state is State.DRAINING:
+            raise ShuttingDown("the server is shutting down; try another replica", retry_after=RETRY_AFTER_DRAINING_S)
+
+    async def prompt(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Render and tokenise off the event loop, after waiting for the tokenizer if need be.
+
+        Raises:
+            EngineNotReady: the tokenizer did not come within ``SERVE_LOAD_WAIT_S``.
+            InvalidRequest: the template refuses the messages.
+        """
+        self.check_admission()
+        if self._tokenizer is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._tokenizer_known.wait(), self._settings.load_wait_s)
+        self.check_admission()
+        if self._tokenizer is None:
+            raise self._not_ready()
+        render = self._tokenizer.chat.prompt
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, render, messages)
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request; while the model loads it waits for at most ``SERVE_LOAD_WAIT_S``.
+
+        Raises:
+            CapacityError: draining, or the queue is full.
+            EngineError: the model cannot be served.
+        """
+        self.check_admission()
+        stream = self.engine.submit(request)
+        if self.state is State.LOADING:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._settings.load_wait_s, self._give_up_waiting, stream)
+        return stream
+
+    def _give_up_waiting(self, stream: TokenStream) -> None:
+        if self.state is State.LOADING:
+            stream.fail(self._not_ready())
+
+    def _not_ready(self) -> EngineNotReady:
+        doing = f" ({self.current_phase})" if self.current_phase else ""
+        return EngineNotReady(f"the model is still loading{doing}; try again", retry_after=RETRY_AFTER_LOADING_S)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing new, let running requests finish for ``timeout_s`` seconds, end the rest with an error."""
+        if self.state in {State.LOADING, State.READY}:
+            self.state = State.DRAINING
+        deadline = time.monotonic() + timeout_s
+        error = ShuttingDown("the server is shutting down; try again", retry_after=RETRY_AFTER_DRAINING_S)
+        self.engine.fail_waiting(error)
+        while self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - the engine's thread empties it
+            await asyncio.sleep(0.02)
+        self.engine.fail_all(error)
+        self.is_drained = True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any request runs or waits."""
+        stats = self.engine.stats()
+        return bool(stats.num_running or stats.num_waiting)
+
+    async def close(self) -> None:
+        """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
+        await self.engine.close()
+        self._rendering.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_loading_thread_alive(self) -> bool:
+        """Whether the process must end without waiting for its threads."""
+        return self._thread is not None and self._thread.is_alive()

@@ -1,0 +1,87 @@
+"""uvicorn, taught to drain: the port stays open and says 503 while running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from serve.api.app import create_app
+from serve.errors import EngineDead, ModelLoadError, ServeError
+from serve.lifecycle import Lifecycle
+from serve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LAST_WRITES_S = 2
+"""Seconds that connections get to take their last bytes after the drain."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends on SIGTERM or SIGINT after a drain, at once on the second signal, and when the engine dies."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._drain_timeout_s = drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.failure: ServeError | None = None
+        lifecycle.on_failure(self._on_failure)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port, and say where."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        for server in getattr(self, "servers", []):
+            for bound in server.sockets:
+                host, port = bound.getsockname()[:2]
+                logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The signal handler.  uvicorn's own would re-raise the signal at the end; a drain ends with status 0."""
+        del frame
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+
+    def _begin_drain(self, name: str) -> None:
+        if self._draining is not None:
+            logger.warning("%s again: ending at once", name)
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("%s: draining for at most %g s", name, self._drain_timeout_s)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._lifecycle.drain(self._drain_timeout_s)
+        self.should_exit = True
+
+    def _on_failure(self, error: ServeError) -> None:
+        self.failure = error
+        self.should_exit = True
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal; return the exit status: 0, 3 (the model cannot be loaded) or 70 (the engine died)."""
+    app = create_app(settings)
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=LAST_WRITES_S,
+        lifespan="on",
+        **options,
+    )
+    server = DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)
+    server.run()
+    if isinstance(server.failure, ModelLoadError | EngineDead):
+        return server.failure.exit_status
+    if server.failure is not None:
+        return EngineDead.exit_status
+    return 0 if server.started else 1

@@ -1,0 +1,141 @@
+"""Where a model's tokenizer and weights come from, in the two steps that a cold start needs.
+
+Joins ``serve.weights`` (files), ``serve.chat`` (tokenizer and template) and what the engine wants to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from serve import checkpoint, weights
+from serve.chat.prompt import ChatFormat
+from serve.chat.tokenizer import HubTokenizer
+from serve.engine import echo
+from serve.engine.base import ModelFiles
+from serve.errors import ConfigError, ModelLoadError
+from serve.settings import EngineName, Settings
+
+DEFAULT_MAX_MODEL_LEN = 8192
+"""Without a setting, a longer context is cut here: each slot of the KV cache reserves all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTokenizer:
+    """Everything that is needed to validate a request before the weights are there."""
+
+    chat: ChatFormat
+    max_model_len: int
+    default_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class ModelOrigin(Protocol):
+    """Both methods block; they run in the loader's thread, in this order."""
+
+    def load_tokenizer(self) -> LoadedTokenizer:
+        """Find the model and read its tokenizer.  Raises ``ModelLoadError``."""
+        ...
+
+    def fetch(self, tokenizer: LoadedTokenizer) -> ModelFiles:
+        """Bring the weights.  Raises ``ModelLoadError``."""
+        ...
+
+
+class CheckpointOrigin:
+    """A model folder or a Hub id."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._source: weights.ModelSource | None = None
+
+    def load_tokenizer(self) -> LoadedTokenizer:
+        """Find the model; bring and read its tokenizer and template."""
+        settings = self._settings
+        source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
+        self._source = source
+        chat = ChatFormat(HubTokenizer(source.tokenizer_folder), _operator_template(settings.chat_template))
+        return LoadedTokenizer(
+            chat=chat,
+            max_model_len=_max_model_len(settings.max_model_len, checkpoint.context_length(source.config)),
+            default_sampling=checkpoint.default_sampling(source.folder),
+        )
+
+    def fetch(self, tokenizer: LoadedTokenizer) -> ModelFiles:
+        """Bring the weights and check that every file is whole."""
+        if self._source is None:
+            raise RuntimeError("load_tokenizer() must come before fetch()")
+        source = weights.fetch_weights(self._source)
+        eos_token_ids = checkpoint.eos_token_ids(source.folder, source.config) | _own_eos(tokenizer.chat)
+        return ModelFiles(
+            folder=source.folder,
+            decode=tokenizer.chat.tokenizer.decode,
+            eos_token_ids=eos_token_ids,
+            max_model_len=tokenizer.max_model_len,
+            adapter=source.adapter,
+        )
+
+
+class EchoOrigin:
+    """Bytes as tokens, and no weights."""
+
+    special_tokens: Mapping[str, str] = MappingProxyType({})
+    chat_template = echo.CHAT_TEMPLATE
+    encode = staticmethod(echo.encode)
+    decode = staticmethod(echo.decode)
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def token_id(self, token: str) -> int | None:
+        """No token has a name."""
+        del token
+        return None
+
+    def load_tokenizer(self) -> LoadedTokenizer:
+        """Bytes as tokens."""
+        settings = self._settings
+        return LoadedTokenizer(
+            chat=ChatFormat(self, _operator_template(settings.chat_template)),
+            max_model_len=settings.max_model_len or echo.MAX_MODEL_LEN,
+        )
+
+    def fetch(self, tokenizer: LoadedTokenizer) -> ModelFiles:
+        """Nothing to bring."""
+        return ModelFiles(
+            folder=Path(),
+            decode=echo.decode,
+            eos_token_ids=frozenset({echo.EOS_TOKEN_ID}),
+            max_model_len=tokenizer.max_model_len,
+        )
+
+
+def choose_origin(settings: Settings) -> ModelOrigin:
+    """The origin that fits ``SERVE_ENGINE``."""
+    return EchoOrigin(settings) if settings.engine is EngineName.ECHO else CheckpointOrigin(settings)
+
+
+def _operator_template(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"SERVE_CHAT_TEMPLATE={path} cannot be read: {error}") from error
+
+
+def _max_model_len(requested: int | None, own: int | None) -> int:
+    if requested is None:
+        return min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    if own is not None and requested > own:
+        raise ModelLoadError(f"SERVE_MAX_MODEL_LEN={requested} exceeds the model's context of {own} tokens; lower it")
+    return requested
+
+
+def _own_eos(chat: ChatFormat) -> frozenset[int]:
+    tokenizer: Any = chat.tokenizer
+    name = tokenizer.special_tokens.get("eos_token")
+    token_id = tokenizer.token_id(name) if name else None
+    return frozenset() if token_id is None else frozenset({token_id})
