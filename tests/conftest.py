@@ -1,0 +1,42 @@
+"""What every test gets: a clean environment, its layer's mark, the asyncio backend and the demo model on demand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+LAYERS = ("unit", "engine", "api", "platforms", "browser")
+FOREIGN = ("SERVE_", "TRIMARAN_", "HF_", "MODAL_", "RUNPOD_")
+
+sys.path.insert(0, str(TESTS))  # for `import support`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(TESTS) and (layer := item.path.relative_to(TESTS).parts[0]) in LAYERS:
+            item.add_marker(layer)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the developer's shell or of the platform must not decide a test."""
+    for name in list(os.environ):
+        if name == "PORT" or name.startswith(FOREIGN):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, downloaded and converted on first use."""
+    from trimaran import demo_model
+
+    return demo_model.prepare()
