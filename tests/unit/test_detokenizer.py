@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def split_texts(draw):
     text = draw(TEXTS)
     data = text.encode()
     cuts = sorted(draw(st.sets(st.integers(0, len(data)), max_size=len(data))) | {0, len(data)})
-    return text, [data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return text, [data[a:b] for a, b in pairwise(cuts)]
 
 
 @given(split_texts(), st.sampled_from([decode_bytes, decode_fallback]))
@@ -90,7 +92,7 @@ def test_stop_checker_cuts_at_the_earliest_stop_for_any_split(text, stops, data)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
     checker, got, stopped = StopChecker(stops), "", False
     seen = ""
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         seen = text[:b]
         piece, stopped = checker.push(text[a:b])
         got += piece
