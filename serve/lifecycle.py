@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from serve.engine.base import Engine, TokenStream
-from serve.errors import EngineDead, EngineNotReady, ModelLoadError, ServeError, ShuttingDown
+from serve.errors import EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
+from serve.observe import process_age_s
 from serve.settings import Settings
 from serve.source import LoadedTokenizer, ModelOrigin
 from serve.types import GenerationRequest
@@ -50,7 +51,7 @@ class Lifecycle:
         self.engine = engine
         self.state = State.LOADING
         self.failure: ServeError | None = None
-        self.phases: dict[str, float] = {}
+        self.phases: dict[str, float] = {"process_start": process_age_s()}
         self.current_phase: str | None = None
         self.started_at = time.time()
         self.is_drained = False
@@ -60,7 +61,8 @@ class Lifecycle:
         self._tokenizer: LoadedTokenizer | None = None
         self._tokenizer_known = asyncio.Event()
         self._settled = asyncio.Event()
-        self._rendering = ThreadPoolExecutor(2, thread_name_prefix="chat")
+        self._renderers = ThreadPoolExecutor(2, thread_name_prefix="chat")
+        self._num_rendering = 0
         self._thread: threading.Thread | None = None
         self._on_failure: list[Callable[[ServeError], None]] = []
 
@@ -98,6 +100,8 @@ class Lifecycle:
             self.engine.load(files, self.phase)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
+            if loop.is_closed():  # the server ended while the model was loading
+                return
             failure = error if isinstance(error, ServeError) else ModelLoadError(f"{type(error).__name__}: {error}")
             if failure is error:
                 logger.error("The model cannot be served: %s", failure.message)
@@ -113,7 +117,7 @@ class Lifecycle:
         self._tokenizer_known.set()
 
     def _loaded(self) -> None:
-        self.phases["total"] = round(time.perf_counter() - self._began, 4)
+        self.phases["total"] = round(time.perf_counter() - self._began + self.phases["process_start"], 4)
         self.engine.start(self._fail)
         if self.state is State.LOADING:
             self.state = State.READY
@@ -151,6 +155,7 @@ class Lifecycle:
 
         Raises:
             EngineNotReady: the tokenizer did not come within ``SERVE_LOAD_WAIT_S``.
+            QueueFull: too many prompts are being rendered already.
             InvalidRequest: the template refuses the messages.
         """
         self.check_admission()
@@ -160,8 +165,14 @@ class Lifecycle:
         self.check_admission()
         if self._tokenizer is None:
             raise self._not_ready()
+        if self._num_rendering >= self._settings.max_queue + self.engine.stats().num_slots:
+            raise QueueFull(f"{self._num_rendering} prompts wait to be tokenised; try again shortly")
         render = self._tokenizer.chat.prompt
-        return await asyncio.get_running_loop().run_in_executor(self._rendering, render, messages)
+        self._num_rendering += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._renderers, render, messages)
+        finally:
+            self._num_rendering -= 1
 
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request; while the model loads it waits for at most ``SERVE_LOAD_WAIT_S``.
@@ -206,7 +217,7 @@ class Lifecycle:
     async def close(self) -> None:
         """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
         await self.engine.close()
-        self._rendering.shutdown(wait=False, cancel_futures=True)
+        self._renderers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_loading_thread_alive(self) -> bool:

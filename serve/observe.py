@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from serve.settings import LogFormat
@@ -72,6 +74,15 @@ class RequestRecord:
         """Write the line."""
         values = self.as_fields()
         logger.info(" ".join(f"{name}={value}" for name, value in values.items()), extra=values)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started: interpreter and imports, when called early.  0 where unknown."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 4)
+    except (OSError, AttributeError, ValueError):
+        return 0.0
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -8,7 +8,16 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+
 from serve.errors import AuthenticationError
+
+DOCUMENTED_SCHEMES = [
+    Security(HTTPBearer(auto_error=False, description="The API key.")),
+    Security(APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key; wins over Authorization.")),
+]
+"""Tells OpenAPI, and so the documentation's pages, how to send a key.  The middleware does the checking."""
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping"})
 """Health for the platform, and the playground: a static page without data, which asks for the key itself."""
@@ -38,7 +47,7 @@ class KeyRing:
         """No key was configured: everyone may ask."""
         return not self._digests
 
-    def identify(self, key: str) -> str:
+    def identify(self, key: bytes) -> str:
         """A name for the key's owner that reveals nothing of the key.
 
         Compares with every key, each in constant time.
@@ -46,7 +55,7 @@ class KeyRing:
         Raises:
             AuthenticationError: no such key.
         """
-        digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(key).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
             raise AuthenticationError("this API key is not accepted; check it, or ask the operator for one")
@@ -60,19 +69,26 @@ class KeyRing:
         """
         if path in OPEN_PATHS or self.is_empty:
             return "anonymous"
-        key = headers.get("x-api-key") or _from_authorization(headers.get("authorization", ""), accepts_basic(path))
+        key = _raw(headers.get("x-api-key", "")) or _from_authorization(
+            headers.get("authorization", ""), accepts_basic(path)
+        )
         if not key:
             raise AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
         return self.identify(key)
 
 
-def _from_authorization(value: str, basic: bool) -> str:
+def _raw(value: str) -> bytes:
+    """The bytes that the client sent: ASGI servers decode headers as Latin-1."""
+    return value.strip().encode("latin-1", errors="replace")
+
+
+def _from_authorization(value: str, basic: bool) -> bytes:
     scheme, _, credentials = value.partition(" ")
     if scheme.lower() == "bearer":
-        return credentials.strip()
+        return _raw(credentials)
     if basic and scheme.lower() == "basic":
         try:
-            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return ""
+            return base64.b64decode(credentials, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.completion import Completion, RecordedStream, fold_unless_gone
 from serve.api.middleware import CLIENT_CLOSED
 from serve.api.models import check_model
@@ -38,7 +39,7 @@ from serve.settings import Settings
 from serve.types import GenerationRequest, SamplingParams, TokenEvent
 from serve.types import Usage as TokenUsage
 
-router = APIRouter(route_class=StrictRoute, tags=["chat"])
+router = APIRouter(route_class=StrictRoute, tags=["chat"], dependencies=DOCUMENTED_SCHEMES)
 
 _TEXT = "\x00text"
 """Stands for a chunk's text while its frame is made once; no JSON string of ours holds a NUL otherwise."""

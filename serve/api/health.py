@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.schemas.common import ErrorResponse, Health, Version
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
 from serve.settings import Settings
@@ -46,7 +47,12 @@ async def ping(request: Request) -> Response:
     return Response(status_code={State.READY: 200, State.LOADING: 204}.get(state, 503))
 
 
-@router.get("/version", summary="What runs here", responses={401: {"model": ErrorResponse}})
+@router.get(
+    "/version",
+    summary="What runs here",
+    dependencies=DOCUMENTED_SCHEMES,
+    responses={401: {"model": ErrorResponse}},
+)
 async def get_version(request: Request) -> Version:
     """Version, model, and the seconds that each phase of the cold start took."""
     lifecycle: Lifecycle = request.app.state.lifecycle

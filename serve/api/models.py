@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
 from serve.settings import Settings
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], dependencies=DOCUMENTED_SCHEMES)
 
 
 def check_model(name: str, settings: Settings) -> None:
