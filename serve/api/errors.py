@@ -96,12 +96,18 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - as registered
     path = request.url.path
     if error.status_code == 404:
-        message = f"unknown path {path}; see /docs for what there is"
+        message = f"unknown path {show(path)}; see /docs for what there is"
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {path}"
+        message = f"{request.method} is not allowed on {show(path)}"
     else:
         message = str(error.detail)
     return plain_error(error.status_code, message, error.headers)
+
+
+def show(value: Any) -> str:
+    """A wrong value as an error repeats it: short, whatever was sent."""
+    text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
@@ -111,8 +117,7 @@ def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
     name = _dotted(path)
     if problem["type"] == "missing":
         return InvalidRequest(f"{name} is missing; it is required", param=name or None)
-    shown = repr(problem.get("input"))
-    shown = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+    shown = show(problem.get("input"))
     message = str(problem["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{name or 'the body'}: {message[:1].lower()}{message[1:]}, not {shown}", param=name or None)
 

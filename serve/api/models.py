@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from serve.api.auth import DOCUMENTED_SCHEMES
+from serve.api.errors import show
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
@@ -16,7 +17,7 @@ router = APIRouter(tags=["models"], dependencies=DOCUMENTED_SCHEMES)
 def check_model(name: str, settings: Settings) -> None:
     """Raise ``ModelNotFound`` unless ``name`` is served here; the message names what is."""
     if name != settings.served_name:
-        raise ModelNotFound(f"model {name!r} is not served here; use {settings.served_name!r}", param="model")
+        raise ModelNotFound(f"model {show(name)} is not served here; use {settings.served_name!r}", param="model")
 
 
 def _model(request: Request) -> Model:

@@ -33,5 +33,5 @@ class ChatFormat:
             raise InvalidRequest("this model has no chat template; the operator can set SERVE_CHAT_TEMPLATE")
         token_ids = tuple(self.tokenizer.encode(self._template.render(messages)))
         if not token_ids:
-            raise InvalidRequest("the prompt is empty after the chat template; add text", param="messages")
+            raise InvalidRequest("messages give an empty prompt after the chat template; add text", param="messages")
         return token_ids
