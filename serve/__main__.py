@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from serve.errors import ConfigError
 from serve.settings import Settings, load_settings, unknown_variables
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(settings)
 
 
-def _end(status: int) -> None:
-    """Leave without waiting for a thread that still imports or copies weights: it cannot be interrupted."""
+def leave(status: int) -> NoReturn:
+    """End the process now: a thread that still imports or copies weights cannot be interrupted."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -58,4 +59,4 @@ def _end(status: int) -> None:
 
 
 if __name__ == "__main__":
-    _end(main())
+    leave(main())

