@@ -6,11 +6,15 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import pytest
@@ -18,9 +22,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from serve.api.app import create_app
-from serve.engine.base import Engine
+from serve.engine.base import Engine, EngineConfig, ModelFiles, Phase
+from serve.engine.echo import EOS_TOKEN_ID, EchoRunner
+from serve.engine.scheduler import Batch
+from serve.engine.worker import StepEngine
 from serve.lifecycle import Lifecycle, State
 from serve.settings import Settings
+from serve.types import EngineStats
 
 T = TypeVar("T")
 
@@ -58,9 +66,18 @@ class Served:
 
         return asyncio.run_coroutine_threadsafe(call(), self.app.state.loop).result(5)
 
+    def stats(self) -> EngineStats:
+        """The engine's load."""
+        return self.on_loop(self.lifecycle.engine.stats)
+
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
+        stats = self.stats()
+        return stats.num_running == 0 and stats.num_waiting == 0
+
 
 @contextmanager
-def serving(engine: Engine | None = None, *, wait: bool = True, **settings: Any) -> Iterator[Served]:
+def serving(engine: Engine | None = None, /, *, wait: bool = True, **settings: Any) -> Iterator[Served]:
     """A real uvicorn on a free port in a thread, with the real app.
 
     ``settings`` default to the echo engine on loopback.  ``wait`` waits for ready.
@@ -107,7 +124,8 @@ def chat(text: str, **fields: Any) -> dict[str, Any]:
 
 def sse_data(body: str) -> list[str]:
     """The data of each event of a finished stream."""
-    return [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
+    # Not splitlines(): U+2028 and its like are ordinary characters within a line.
+    return [line.removeprefix("data: ") for line in body.split("\n") if line.startswith("data: ")]
 
 
 def sse_chunks(body: str) -> list[dict[str, Any]]:
@@ -120,3 +138,109 @@ def sse_chunks(body: str) -> list[dict[str, Any]]:
 def joined(chunks: list[dict[str, Any]]) -> str:
     """The text that a stream's chunks add up to."""
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def openai_error(body: Any) -> dict[str, Any]:
+    """The error of a failed answer, which must have OpenAI's shape exactly."""
+    assert set(body) == {"error"}, body
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}, error
+    assert error["message"], error
+    assert isinstance(error["message"], str), error
+    assert isinstance(error["type"], str), error
+    assert isinstance(error["param"], str | None), error
+    assert isinstance(error["code"], str | None), error
+    return error
+
+
+class ScriptedRunner(EchoRunner):
+    """Answers each prompt with the bytes of ``script``; None there is a row of NaN, an exception fails that step."""
+
+    def __init__(self, script: Sequence[int | BaseException | None], config: EngineConfig) -> None:
+        super().__init__(config)
+        self._script = script
+
+    def step(self, batch: Batch) -> list[int | None]:
+        places = [len(sequence.output_token_ids) for sequence in batch.sampled]
+        steps = [self._script[at] if at < len(self._script) else EOS_TOKEN_ID for at in places]
+        for step in steps:
+            if isinstance(step, BaseException):
+                raise step
+        return [step for step in steps if not isinstance(step, BaseException)]
+
+
+def scripted_engine(script: Sequence[int | BaseException | None]) -> StepEngine:
+    """:class:`ScriptedRunner` behind the real step loop."""
+    config = EngineConfig()
+    return StepEngine(config, ScriptedRunner(script, config))
+
+
+class GatedRunner(EchoRunner):
+    """An echo whose load blocks a thread until ``gate`` is set, and then raises ``failure`` if there is one."""
+
+    def __init__(self, config: EngineConfig, failure: Exception | None = None) -> None:
+        super().__init__(config)
+        self.gate = threading.Event()
+        self._failure = failure
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        with phase("weights"):
+            self.gate.wait(60)
+        if self._failure:
+            raise self._failure
+
+
+@contextmanager
+def loading(failure: Exception | None = None, **settings: Any) -> Iterator[tuple[Served, threading.Event]]:
+    """A server whose model loads until the event is set."""
+    config = EngineConfig()
+    runner = GatedRunner(config, failure)
+    try:
+        with serving(StepEngine(config, runner), wait=False, **settings) as served:
+            yield served, runner.gate
+    finally:
+        runner.gate.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server process."""
+
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        """What it has written to stderr so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def url(self) -> str:
+        """Its base address, once it listens."""
+        eventually(lambda: "Listening on " in self.log or self.process.poll() is not None, timeout_s=30)
+        return "http://127.0.0.1:" + self.log.partition("Listening on http://")[2].partition('"')[0].rpartition(":")[2]
+
+
+@contextmanager
+def running(*arguments: str, before: str = "", **environment: str) -> Iterator[Running]:
+    """``python -m serve`` on a free port, with the echo engine unless ``environment`` says otherwise.
+
+    ``before`` is Python that runs first in the process, to make it slow or to break it.
+    """
+    defaults = {"SERVE_ENGINE": "echo", "SERVE_PORT": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    start = ["-c", f"import runpy\n{before}\nrunpy.run_module('serve', run_name='__main__')"] if before else ["-m", "serve"]
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder, "stderr")
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *start, *arguments],
+                cwd=folder,  # no .env of the developer
+                env={name: value for name, value in {**os.environ, **defaults, **environment}.items() if value},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        try:
+            yield Running(process, log_file)
+        finally:
+            process.kill()
+            process.wait(10)

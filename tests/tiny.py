@@ -131,7 +131,7 @@ async def collect(stream: TokenStream) -> Answer:
                 token_ids.append(event.token_id)
             if event.error is not None:
                 raise event.error
-            if event.finish_reason is not None:
+            if event.finish_reason is not None and event.usage is not None:
                 return Answer(token_ids, text, event.finish_reason, event.usage)
     raise AssertionError("the stream ended without a finish reason")
 
@@ -142,7 +142,7 @@ def generate_alone(loaded: Loaded, prompt: list[int], max_tokens: int) -> list[i
 
     model = _native.get(loaded.files.folder)
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(loaded.files.folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(loaded.files.folder, dtype=torch.float32)
         _native[loaded.files.folder] = model
     ids = torch.tensor([prompt])
     out = model.generate(

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tiny import Loaded, Ready, collect, generate_alone, load, request, tiny_llama
+from tiny import Answer, Loaded, Ready, collect, generate_alone, load, request, tiny_llama
 
 from serve.engine.base import EngineConfig
 from serve.engine.worker import StepEngine
@@ -127,7 +127,7 @@ async def test_row_of_nan_fails_alone(loaded):
             got = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
     finally:
         embedding.data[poison] = kept
-    assert [answer.token_ids for answer in got[:3]] == expected
+    assert [answer.token_ids for answer in got[:3] if isinstance(answer, Answer)] == expected
     assert type(got[3]).__name__ == "GenerationFailed"
 
 

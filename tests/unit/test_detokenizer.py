@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,11 +14,11 @@ from serve.engine.detokenizer import MAX_WINDOW_TOKENS, Detokenizer, Incremental
 TEXTS = st.text(alphabet="ab ,\né漢👩‍👩‍👧‍👦🫠", max_size=40)
 
 
-def decode_bytes(token_ids) -> str:
+def decode_bytes(token_ids: Any) -> str:
     return b"".join(token_ids).decode("utf-8", errors="replace")
 
 
-def decode_fallback(token_ids) -> str:
+def decode_fallback(token_ids: Any) -> str:
     """As a byte-fallback decoder: a run of bytes that is not UTF-8 gives one mark for each byte."""
     data = b"".join(token_ids)
     try:
@@ -49,7 +50,7 @@ def split_texts(draw):
 @given(split_texts(), st.sampled_from([decode_bytes, decode_fallback]))
 def test_decoder_gives_the_same_text_for_any_split_into_tokens(case, decode):
     text, tokens = case
-    decoder = IncrementalDecoder(decode)
+    decoder: Any = IncrementalDecoder(decode)
     pieces = [decoder.push(token) for token in tokens]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -57,7 +58,7 @@ def test_decoder_gives_the_same_text_for_any_split_into_tokens(case, decode):
 
 @given(st.lists(st.binary(min_size=1, max_size=3), max_size=30))
 def test_decoder_of_arbitrary_bytes_gives_a_prefix_of_the_whole_text(tokens):
-    decoder = IncrementalDecoder(decode_bytes)
+    decoder: Any = IncrementalDecoder(decode_bytes)
     got = "".join(decoder.push(token) for token in tokens)
     whole = decode_bytes(tokens)
     assert whole.startswith(got)
@@ -67,22 +68,22 @@ def test_decoder_of_arbitrary_bytes_gives_a_prefix_of_the_whole_text(tokens):
 def test_decoder_window_stays_bounded_when_bytes_never_become_a_character():
     longest = 0
 
-    def decode(token_ids) -> str:
+    def decode(token_ids: Any) -> str:
         nonlocal longest
         longest = max(longest, len(token_ids))
         return decode_bytes(token_ids)
 
-    decoder = IncrementalDecoder(decode)
+    decoder: Any = IncrementalDecoder(decode)
     text = "".join(decoder.push(b"\xff") for _ in range(1000))
     assert len(text) >= 1000 - MAX_WINDOW_TOKENS
     assert longest <= MAX_WINDOW_TOKENS + 2
 
 
 def test_decoder_keeps_the_space_that_the_first_token_of_a_text_loses():
-    def decode(token_ids) -> str:  # as a sentencepiece decoder strips the leading space
+    def decode(token_ids: Any) -> str:  # as a sentencepiece decoder strips the leading space
         return "".join(token_ids).replace("▁", " ").removeprefix(" ")
 
-    decoder = IncrementalDecoder(decode)
+    decoder: Any = IncrementalDecoder(decode)
     words = [f"▁w{number}" for number in range(50)]
     assert "".join(decoder.push(word) for word in words) == decode(words)
 
@@ -129,7 +130,8 @@ def test_stop_checker_releases_held_text_when_the_match_fails():
 
 @pytest.mark.parametrize("tokens", [["1, 2,", " 3, 4", ", ", "5, 6"], list("1, 2, 3, 4, 5, 6"), ["1, 2, 3, 4, 5, 6"]])
 def test_detokenizer_excludes_a_stop_string_that_spans_tokens(tokens):
-    detokenizer, out = Detokenizer("".join, [", 5"]), ""
+    out = ""
+    detokenizer: Any = Detokenizer(cast("Any", "".join), [", 5"])
     for token in tokens:
         piece, stopped = detokenizer.push(token)
         out += piece
@@ -139,6 +141,6 @@ def test_detokenizer_excludes_a_stop_string_that_spans_tokens(tokens):
 
 
 def test_detokenizer_drops_a_character_that_never_completes():
-    detokenizer = Detokenizer(decode_bytes)
+    detokenizer: Any = Detokenizer(decode_bytes)
     pieces = [detokenizer.push(token)[0] for token in (b"a", b"\xf0", b"\x9f")]
     assert "".join(pieces) + detokenizer.flush() == "a"

@@ -29,6 +29,7 @@ def test_cache_shrinks_the_context_before_the_batch_falls_below_eight():
     st.none() | st.integers(16, 131072),
 )
 def test_cache_fits_its_budget_and_keeps_what_is_set_or_is_refused(per_token, budget, model_len, slots, batch, context):
+    size, refused = None, ""
     try:
         size = fit_cache(
             bytes_per_token=per_token,
@@ -40,10 +41,8 @@ def test_cache_fits_its_budget_and_keeps_what_is_set_or_is_refused(per_token, bu
         )
     except ModelLoadError as error:
         refused = error.message
+    if size is None:
         smallest = (batch or 1) * (context or min(model_len, MIN_CONTEXT_TOKENS)) * per_token
-    else:
-        refused = None
-    if refused is not None:
         assert "at most" in refused
         assert smallest > budget, "refused although the smallest allowed cache fits"
         return
