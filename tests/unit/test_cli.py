@@ -24,9 +24,8 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         return 0
 
     stand_in = ModuleType("serve.__main__")
-    stand_in.main = serve_main  # type: ignore[attr-defined]
+    stand_in.main, stand_in.leave = serve_main, sys.exit  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "serve.__main__", stand_in)
-    monkeypatch.setattr(cli, "leave", sys.exit)
     monkeypatch.setattr(demo_model, "prepare", lambda: Path("/demo"))
     monkeypatch.chdir(tmp_path)  # no .env of the developer's
     return calls
