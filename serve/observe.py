@@ -73,7 +73,13 @@ class RequestRecord:
     def log(self) -> None:
         """Write the line."""
         values = self.as_fields()
-        logger.info(" ".join(f"{name}={value}" for name, value in values.items()), extra=values)
+        logger.info(" ".join(f"{name}={_on_one_line(value)}" for name, value in values.items()), extra=values)
+
+
+def _on_one_line(value: Any) -> str:
+    """A caller chooses the path: it must not be able to forge a line or to steer a terminal."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
 def process_age_s() -> float:

@@ -79,7 +79,11 @@ def run(settings: Settings) -> int:
         **options,
     )
     server = DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn has logged why
+        logger.error("Cannot listen on %s:%d; set SERVE_PORT to a free port", settings.host, settings.port)
+        return 1
     if isinstance(server.failure, ModelLoadError | EngineDead):
         return server.failure.exit_status
     if server.failure is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -218,7 +219,9 @@ class Running:
     def url(self) -> str:
         """Its base address, once it listens."""
         eventually(lambda: "Listening on " in self.log or self.process.poll() is not None, timeout_s=30)
-        return "http://127.0.0.1:" + self.log.partition("Listening on http://")[2].partition('"')[0].rpartition(":")[2]
+        found = re.search(r"Listening on (http://127\.0\.0\.1:\d+)", self.log)
+        assert found, self.log
+        return found[1]
 
 
 @contextmanager
@@ -228,7 +231,9 @@ def running(*arguments: str, before: str = "", **environment: str) -> Iterator[R
     ``before`` is Python that runs first in the process, to make it slow or to break it.
     """
     defaults = {"SERVE_ENGINE": "echo", "SERVE_PORT": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    start = ["-c", f"import runpy\n{before}\nrunpy.run_module('serve', run_name='__main__')"] if before else ["-m", "serve"]
+    start = (
+        ["-c", f"import runpy\n{before}\nrunpy.run_module('serve', run_name='__main__')"] if before else ["-m", "serve"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder, "stderr")
         with log_file.open("wb") as log:

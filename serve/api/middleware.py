@@ -11,6 +11,7 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.auth import OPEN_PATHS, KeyRing, challenge
@@ -55,6 +56,8 @@ class Boundary:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:  # while the body was read; nobody is there to be answered
+            pass
         except Exception:
             logger.exception("Unexpected error in request %s", request_id)
             if record.status is not None:  # too late for another status

@@ -178,6 +178,7 @@ class StepEngine:
             stream.put(event)
 
     def _die(self, error: ServeError, on_death: Callable[[ServeError], None]) -> None:
+        self._scheduler = None  # nothing of it runs any more
         on_death(error)
         self.fail_all(error)
 
