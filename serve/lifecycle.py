@@ -150,8 +150,10 @@ class Lifecycle:
         if self.state is State.DRAINING:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after=RETRY_AFTER_DRAINING_S)
 
-    async def prompt(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    async def prompt(self, messages: Sequence[Mapping[str, Any]], received_at: float) -> tuple[int, ...]:
         """Render and tokenise off the event loop, after waiting for the tokenizer if need be.
+
+        ``received_at`` is when the request came, in seconds of :func:`time.perf_counter`.
 
         Raises:
             EngineNotReady: the tokenizer did not come within ``SERVE_LOAD_WAIT_S``.
@@ -161,7 +163,7 @@ class Lifecycle:
         self.check_admission()
         if self._tokenizer is None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._tokenizer_known.wait(), self._settings.load_wait_s)
+                await asyncio.wait_for(self._tokenizer_known.wait(), self._patience_s(received_at))
         self.check_admission()
         if self._tokenizer is None:
             raise self._not_ready()
@@ -174,8 +176,8 @@ class Lifecycle:
         finally:
             self._num_rendering -= 1
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
-        """Queue a request; while the model loads it waits for at most ``SERVE_LOAD_WAIT_S``.
+    def submit(self, request: GenerationRequest, received_at: float) -> TokenStream:
+        """Queue a request; while the model loads it waits until ``SERVE_LOAD_WAIT_S`` after ``received_at``.
 
         Raises:
             CapacityError: draining, or the queue is full.
@@ -185,8 +187,12 @@ class Lifecycle:
         stream = self.engine.submit(request)
         if self.state is State.LOADING:
             loop = asyncio.get_running_loop()
-            loop.call_later(self._settings.load_wait_s, self._give_up_waiting, stream)
+            loop.call_later(self._patience_s(received_at), self._give_up_waiting, stream)
         return stream
+
+    def _patience_s(self, received_at: float) -> float:
+        """Seconds that a request which came at ``received_at`` still waits for the model."""
+        return max(0.0, self._settings.load_wait_s - (time.perf_counter() - received_at))
 
     def _give_up_waiting(self, stream: TokenStream) -> None:
         if self.state is State.LOADING:

@@ -18,6 +18,9 @@ from serve.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+IDLE_CONNECTION_S = 75
+"""Longer than load balancers keep theirs (60 s is common): they then close first, and no request meets a closed one."""
+
 LAST_WRITES_S = 2
 """Seconds that connections get to take their last bytes after the drain."""
 
@@ -74,6 +77,7 @@ def run(settings: Settings) -> int:
         app,
         host=settings.host,
         port=settings.port,
+        timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=LAST_WRITES_S,
         lifespan="on",
         **options,

@@ -66,13 +66,13 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     check_supported(body)
     record.model, record.is_stream = settings.served_name, bool(body.stream)
 
-    prompt = await lifecycle.prompt(to_messages(body.messages))
+    prompt = await lifecycle.prompt(to_messages(body.messages), record.received_at)
     record.prompt_tokens = len(prompt)
     params = sampling_params(body, len(prompt), lifecycle)
     generation = GenerationRequest(
         request_id=record.request_id + uuid.uuid4().hex[:8], prompt_token_ids=prompt, params=params
     )
-    stream = RecordedStream(lifecycle.submit(generation), record)
+    stream = RecordedStream(lifecycle.submit(generation, record.received_at), record)
 
     completion_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     headers = ignored_header(body)
