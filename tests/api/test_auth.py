@@ -1,0 +1,189 @@
+"""Keys: what is open, what is not, and in which headers a key may come."""
+
+from __future__ import annotations
+
+import base64
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import support
+from support import chat, openai_error, running, serving
+
+from serve.api.auth import KeyRing
+
+OPEN = {"/health", "/ready", "/ping", "/"}
+KEY, OTHER = "sk-first", "schlüssel:zwei"
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[support.Served]:
+    """A server with two keys."""
+    with serving(api_keys=f"{KEY}, {OTHER}") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(locked: support.Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=locked.url) as client:
+        yield client
+
+
+def routes(found: Any) -> Iterator[tuple[str, set[str]]]:
+    """Path and methods of every route, those of included routers too."""
+    for route in found.routes:
+        if hasattr(route, "path"):
+            yield route.path, set(getattr(route, "methods", None) or {"GET"})
+        if inner := getattr(route, "original_router", None):
+            yield from routes(inner)
+
+
+def test_auth_closes_every_route_but_the_open_ones(locked: support.Served, client: httpx.Client) -> None:
+    """Case 50."""
+    known = dict(routes(locked.app))
+    assert set(known) >= {"/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/version", *OPEN}
+
+    for path, methods in known.items():
+        for method in methods:
+            response = client.request(method, re.sub(r"{.*?}", "x", path))
+            if path in OPEN:
+                assert response.status_code == 200, path
+            else:
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"]
+                if method != "HEAD":
+                    openai_error(response.json())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "//v1/models", "/%2e/health", "/health/", "/health/../v1/models", "/Health", "/health%2f", "/health;a",
+     "/health%00", "//health", "/v1/models?a=/health", "/metrics", "/docs/assets/swagger-ui.css", "/v1/models%2f"],
+)  # fmt: skip
+def test_auth_closes_unknown_and_disguised_paths(locked: support.Served, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        assert client.makefile("rb").readline().split()[1] == b"401"
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "PATCH", "TRACE"])
+def test_auth_closes_every_method(client: httpx.Client, method: str) -> None:
+    assert client.request(method, "/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"authorization": f"Bearer {KEY}"}, 200),
+        ({"authorization": f"bearer  {KEY}"}, 200),
+        ({"x-api-key": KEY}, 200),
+        ({"x-api-key": OTHER.encode()}, 200),
+        ({"authorization": b"Bearer " + OTHER.encode()}, 200),
+        ({"x-api-key": KEY, "authorization": "Bearer wrong"}, 200),
+        ({"x-api-key": "wrong", "authorization": f"Bearer {KEY}"}, 401),
+        ({}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"authorization": "Bearer"}, 401),
+        ({"authorization": KEY}, 401),
+        ({"authorization": f"Basic {KEY}"}, 401),
+        ({"authorization": f"Bearer {KEY}x"}, 401),
+        ({"authorization": f"Bearer {KEY[:-1]}"}, 401),
+        ({"authorization": f"Bearer {KEY}, {KEY}"}, 401),
+        ({"x-api-key": f"{KEY},{OTHER}".encode()}, 401),
+        ({"x-api-key": b"\xff\xfe"}, 401),
+        ({"authorization": "Bearer ключ".encode()}, 401),
+        ({"x-api-key": "k" * 60_000}, 401),
+    ],
+)
+def test_auth_reads_the_key_from_its_headers(client: httpx.Client, headers: dict[str, Any], status: int) -> None:
+    response = client.get("/v1/models", headers=headers)
+
+    assert response.status_code == status
+    if status == 401:
+        error = openai_error(response.json())
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert KEY not in response.text
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/docs/assets/swagger-ui.css"])
+def test_auth_takes_basic_on_the_documentation(client: httpx.Client, path: str) -> None:
+    asked = client.get(path)
+
+    assert asked.status_code == 401
+    assert asked.headers["www-authenticate"].startswith("Basic realm=")
+    assert client.get(path, auth=("anyone", KEY)).status_code == 200
+    assert client.get(path, auth=("anyone", OTHER)).status_code == 200
+    assert client.get(path, auth=("anyone", "wrong")).status_code == 401
+    assert client.get(path, headers={"authorization": "Basic !"}).status_code == 401
+    no_utf8 = base64.b64encode(b"u:\xff").decode()
+    assert client.get(path, headers={"authorization": f"Basic {no_utf8}"}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/version", "/docsx", "/v1/docs", "/docs/../v1/models"])
+def test_auth_never_takes_basic_elsewhere(client: httpx.Client, path: str) -> None:
+    response = client.get(path, auth=("anyone", KEY))
+
+    assert response.status_code == 401
+    assert "Basic" not in response.headers["www-authenticate"]
+    assert client.post("/v1/chat/completions", json=chat("a"), auth=("anyone", KEY)).status_code == 401
+
+
+def test_auth_refuses_a_websocket_without_a_key(locked: support.Served) -> None:
+    handshake = (
+        "GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    )
+    for key in ("", "X-API-Key: wrong\r\n"):
+        with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as client:
+            client.sendall((handshake + key + "\r\n").encode())
+            assert client.makefile("rb").readline().split()[1] in {b"401", b"403"}
+
+
+def test_auth_answers_before_a_body_arrives(locked: support.Served) -> None:
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+        assert client.makefile("rb").readline().split()[1] == b"401"
+
+
+def test_auth_keeps_nothing_of_an_unwelcome_body() -> None:
+    """128 MB without a key leave the process as small as it was."""
+    if not Path("/proc/self/status").exists():
+        support.missing("there is no /proc here: run on Linux")
+    with running(SERVE_API_KEYS=KEY) as server:
+        port = int(server.url.rpartition(":")[2])
+        status = Path(f"/proc/{server.process.pid}/status")
+
+        def peak_kb() -> int:
+            return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        before = peak_kb()
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 134217728\r\n\r\n")
+            try:
+                for _ in range(128):
+                    client.sendall(b"x" * 2**20)
+            except OSError:
+                pass  # closing is as good as discarding
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert peak_kb() - before < 32 * 1024
+
+
+def test_auth_lets_everyone_in_without_keys(echo: support.Served) -> None:
+    headers = {"authorization": "Bearer anything"}  # clients send a placeholder
+
+    assert httpx.get(echo.url + "/v1/models", headers=headers).status_code == 200
+
+
+def test_auth_names_a_caller_without_telling_the_key() -> None:
+    keys = KeyRing([KEY, OTHER])
+
+    callers = {keys.caller("/v1/models", {"x-api-key": key}) for key in (KEY, OTHER.encode().decode("latin-1"))}
+
+    assert len(callers) == 2
+    assert not any(KEY in caller or OTHER in caller for caller in callers)
