@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable
-from typing import Any, cast
 
 import torch
 
@@ -61,9 +62,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    import numpy as np  # noqa: PLC0415
-
-    num_bytes = torch.empty((), dtype=dtype).element_size()
-    for size in shape:
-        num_bytes *= size
-    return cast("Any", torch).from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # A huge page for the first tokens of each slot and layer would take 2 GiB with 32 slots of the demo model.
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

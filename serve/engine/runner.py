@@ -23,7 +23,7 @@ from serve.types import GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-CPU_SLOTS = 16
+CPU_SLOTS = 32
 CUDA_SLOTS = 64
 CPU_CACHE_SHARE = 0.5
 CUDA_CACHE_SHARE = 0.85
