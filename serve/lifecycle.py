@@ -7,6 +7,7 @@ engine (requests that waited begin to run).
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -36,6 +37,22 @@ class State(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+@contextmanager
+def _without_garbage_collection() -> Generator[None]:
+    """Collections during the imports stop the event loop for up to 100 ms each, and find next to nothing.
+
+    What was loaded is then left out of all later collections, which makes these short.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 class Lifecycle:
@@ -92,12 +109,13 @@ class Lifecycle:
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            with self.phase("tokenizer"):
-                tokenizer = self._origin.load_tokenizer()
-            loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer)
-            with self.phase("fetch"):
-                files = self._origin.fetch(tokenizer)
-            self.engine.load(files, self.phase)
+            with _without_garbage_collection():
+                with self.phase("tokenizer"):
+                    tokenizer = self._origin.load_tokenizer()
+                loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer)
+                with self.phase("fetch"):
+                    files = self._origin.fetch(tokenizer)
+                self.engine.load(files, self.phase)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
