@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
+
 T = TypeVar("T")
 
 
@@ -50,7 +52,8 @@ def choose_device(requested: str) -> Choice[torch.device]:
     """``auto``: CUDA when there is a usable GPU, else CPU.
 
     Raises:
-        ModelLoadError: CUDA was asked for and is not there.
+        ModelLoadError: CUDA was asked for and is not there, or a GPU is there that this torch cannot use: a silent
+            fall back to the CPU would be paid for and hardly noticed.
     """
     import torch  # noqa: PLC0415
 
@@ -59,6 +62,11 @@ def choose_device(requested: str) -> Choice[torch.device]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         return Choice(torch.device("cuda", 0), f"{name} found")
+    if torch.version.cuda is not None and NVIDIA_DRIVER.exists():
+        raise ModelLoadError(
+            f"there is an NVIDIA driver, but this torch (CUDA {torch.version.cuda}) cannot use it: it is probably too "
+            "old; take a newer host or a torch built for an older CUDA, or set SERVE_DEVICE=cpu"
+        )
     missing = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
     if requested == "cuda":
         raise ModelLoadError(f"SERVE_DEVICE=cuda, but {missing}; use SERVE_DEVICE=auto to run on the CPU")

@@ -51,6 +51,12 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Add:
+    request: GenerationRequest
+    submitted_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     request_id: str
 
@@ -64,12 +70,12 @@ class _FailWaiting:
 class _Live:
     sequence: Sequence
     detokenizer: Detokenizer
-    added_at: float
+    submitted_at: float
     queue_s: float | None = None
     has_sent: bool = False
 
 
-_Command = GenerationRequest | _Abort | _FailWaiting | None
+_Command = _Add | _Abort | _FailWaiting | None
 _Events = list[tuple[str, TokenEvent]]
 
 
@@ -131,7 +137,7 @@ class StepEngine:
             )
         stream = TokenStream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
-        self._commands.put(request)
+        self._commands.put(_Add(request, time.perf_counter()))
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -223,10 +229,11 @@ class StepEngine:
                     for sequence in tuple(scheduler.waiting):
                         events.append(self._end_with(sequence, error))
                     scheduler.release()
-                case request:
-                    self._add(scheduler, files, request, events)
+                case _Add():
+                    self._add(scheduler, files, command, events)
 
-    def _add(self, scheduler: Scheduler, files: ModelFiles, request: GenerationRequest, events: _Events) -> None:
+    def _add(self, scheduler: Scheduler, files: ModelFiles, command: _Add, events: _Events) -> None:
+        request = command.request
         needed, room = len(request.prompt_token_ids) + request.params.max_tokens, self._runner.max_model_len
         if needed > room:
             message = f"prompt and completion need {needed} tokens, but a slot has room for {room}"
@@ -234,7 +241,7 @@ class StepEngine:
             events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
             return
         detokenizer = Detokenizer(files.decode, request.params.stop)
-        self._live[request.request_id] = _Live(scheduler.add(request), detokenizer, time.perf_counter())
+        self._live[request.request_id] = _Live(scheduler.add(request), detokenizer, command.submitted_at)
 
     def _step(self, scheduler: Scheduler) -> Iterable[tuple[str, TokenEvent]]:
         batch = scheduler.schedule()
@@ -242,7 +249,7 @@ class StepEngine:
         for chunk in batch.chunks:
             live = self._live[chunk.sequence.request.request_id]
             if live.queue_s is None:
-                live.queue_s = now - live.added_at
+                live.queue_s = now - live.submitted_at
         try:
             token_ids = self._runner.step(batch)
         except OutOfMemory as error:

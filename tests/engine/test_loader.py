@@ -82,6 +82,17 @@ def test_cuda_that_is_not_there_is_refused_with_the_remedy(monkeypatch):
     assert (choice.value.type, bool(choice.reason)) == ("cpu", True)
 
 
+def test_gpu_that_this_torch_cannot_use_is_never_replaced_by_the_cpu_in_silence(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)  # exists
+    with pytest.raises(ModelLoadError, match=r"CUDA 13.0.*SERVE_DEVICE=cpu"):
+        device.choose_device("auto")
+    assert device.choose_device("cpu").value.type == "cpu"
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "none")
+    assert device.choose_device("auto").value.type == "cpu"
+
+
 def test_dtype_is_chosen_by_the_device_and_says_why(monkeypatch):
     cpu = torch.device("cpu")
     for has_bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from serve.errors import ConfigError, ModelLoadError, ServeError
-from trimaran import cli, demo_model
+from trimaran import demo_model
 from trimaran.cli import main
 
 ROOT = Path(__file__).parents[2]
