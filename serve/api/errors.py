@@ -106,6 +106,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def show(value: Any) -> str:
     """A wrong value as an error repeats it: short, whatever was sent."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
     text = repr(value[: MAX_SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 

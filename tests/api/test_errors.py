@@ -248,3 +248,13 @@ def test_errors_carry_the_request_id(connection: Connection) -> None:
         _, headers, _ = connection.send("GET", "/nope", headers={"x-request-id": wanted})
         assert (headers["x-request-id"] == wanted) is is_kept
         assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize("item", ["1", "[]", "{}", '{"role":"user","content":""}', '""'])
+def test_errors_of_a_body_with_a_million_values_come_at_once(connection: Connection, item: str) -> None:
+    body = b'{"model":"echo","messages":[' + b",".join([item.encode()] * 200_000) + b"]}"
+
+    status, error = connection.error("POST", COMPLETIONS, body)
+
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert "JSON values" in error["message"]

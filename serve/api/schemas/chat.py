@@ -6,9 +6,9 @@ are ours.  ``UNSUPPORTED`` is what the contract knows and this server refuses by
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 MAX_STOP_STRINGS = 4
 INT64_MAX = 2**63 - 1
@@ -36,13 +36,31 @@ class OtherPart(Wire):
 Part = Annotated[TextPart | OtherPart, Field(discriminator="type")]
 
 
+MAX_METADATA, MAX_LOGIT_BIAS = 16, 1024
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Count an object's entries before each of them is checked and explained."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(cast("dict[Any, Any]", value)) > limit:
+            raise ValueError(f"there may be at most {limit} entries")
+        return cast("Any", value)
+
+    return BeforeValidator(check)
+
+
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+"""Lists stop at their first wrong item: a body with a million of them must not cost a million explanations."""
+
+
 class Message(Wire):
     """One message of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -58,7 +76,7 @@ class ChatCompletionRequest(Wire):
     """The request body."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Deprecated by OpenAI; max_completion_tokens wins.")] = (
         None
@@ -80,14 +98,14 @@ class ChatCompletionRequest(Wire):
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    logit_bias: dict[str, float] | None = None
-    tools: list[dict[str, Any]] | None = None
+    logit_bias: Annotated[dict[str, float] | None, _at_most(MAX_LOGIT_BIAS)] = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: Objects | None = None
     function_call: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=8)] | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
@@ -99,7 +117,7 @@ class ChatCompletionRequest(Wire):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
     service_tier: str | None = None
 
 
