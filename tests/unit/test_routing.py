@@ -16,8 +16,6 @@ LIMIT = 5
 TEXTS = st.text(alphabet='a,"\\[{é', max_size=8)
 LEAVES = TEXTS | st.integers()
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=12)
-    TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=12
-)
 
 
 def marks_outside_strings(text: str) -> int:
