@@ -12,7 +12,8 @@ from typing import Any
 import uvicorn
 
 from serve.api.app import create_app
-from serve.errors import EngineDead, ModelLoadError, ServeError
+from serve.errors import EngineDead, ServeError
+from serve.http import BoundedHttp
 from serve.lifecycle import Lifecycle
 from serve.settings import Settings
 
@@ -49,7 +50,9 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler.  uvicorn's own would re-raise the signal at the end; a drain ends with status 0."""
         del frame
-        if self._loop is not None:
+        if self._loop is None:
+            self.should_exit = True
+        else:
             self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, name: str) -> None:
@@ -77,6 +80,7 @@ def run(settings: Settings) -> int:
         app,
         host=settings.host,
         port=settings.port,
+        http=BoundedHttp,
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=LAST_WRITES_S,
         lifespan="on",
@@ -88,8 +92,6 @@ def run(settings: Settings) -> int:
     except SystemExit:  # uvicorn has logged why
         logger.error("Cannot listen on %s:%d; set SERVE_PORT to a free port", settings.host, settings.port)
         return 1
-    if isinstance(server.failure, ModelLoadError | EngineDead):
-        return server.failure.exit_status
     if server.failure is not None:
-        return EngineDead.exit_status
+        return getattr(server.failure, "exit_status", EngineDead.exit_status)
     return 0 if server.started else 1
