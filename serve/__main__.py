@@ -36,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         del arguments[0]
     given = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
     try:
-        settings = load_settings(**given)
+        return _serve(load_settings(**given))
     except ConfigError as error:
         sys.stderr.write(f"{error.message}\n")
         return error.exit_status
 
+
+def _serve(settings: Settings) -> int:
     from serve.observe import configure_logging  # noqa: PLC0415
     from serve.server import run  # noqa: PLC0415
 

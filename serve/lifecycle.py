@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from serve.engine.base import Engine, TokenStream
-from serve.errors import EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
+from serve.errors import ConfigError, EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
 from serve.observe import process_age_s
 from serve.settings import Settings
 from serve.source import LoadedTokenizer, ModelOrigin
@@ -72,19 +72,25 @@ class Lifecycle:
         self.current_phase: str | None = None
         self.started_at = time.time()
         self.is_drained = False
+        self._is_closed = False
         self._settings = settings
         self._origin = origin
         self._began = time.perf_counter()
         self._tokenizer: LoadedTokenizer | None = None
         self._tokenizer_known = asyncio.Event()
-        self._settled = asyncio.Event()
         self._renderers = ThreadPoolExecutor(2, thread_name_prefix="chat")
         self._num_rendering = 0
         self._thread: threading.Thread | None = None
         self._on_failure: list[Callable[[ServeError], None]] = []
 
     def start(self) -> None:
-        """Begin loading; returns at once."""
+        """Begin loading; returns at once.
+
+        Raises:
+            RuntimeError: it was started before: an app serves once.
+        """
+        if self._thread is not None:
+            raise RuntimeError("this app was started before; make another with create_app()")
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._load, args=(loop,), name="loader", daemon=True)
         self._thread.start()
@@ -120,7 +126,8 @@ class Lifecycle:
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
                 return
-            failure = error if isinstance(error, ServeError) else ModelLoadError(f"{type(error).__name__}: {error}")
+            known = isinstance(error, ConfigError | ModelLoadError)
+            failure = error if known else ModelLoadError(f"{type(error).__name__}: {error}")
             if failure is error:
                 logger.error("The model cannot be served: %s", failure.message)
             else:
@@ -135,17 +142,17 @@ class Lifecycle:
         self._tokenizer_known.set()
 
     def _loaded(self) -> None:
+        if self._is_closed:  # too late: nobody would stop an engine that starts now
+            return
         self.phases["total"] = round(time.perf_counter() - self._began + self.phases["process_start"], 4)
         self.engine.start(self._fail)
         if self.state is State.LOADING:
             self.state = State.READY
             logger.info("Ready after %.2f s", self.phases["total"], extra={"phases": dict(self.phases)})
-        self._settled.set()
 
     def _fail(self, error: ServeError) -> None:
         self.state, self.failure = State.DEAD, error
         self._tokenizer_known.set()
-        self._settled.set()
         self.engine.fail_all(error)
         for callback in self._on_failure:
             callback(error)
@@ -179,17 +186,17 @@ class Lifecycle:
             InvalidRequest: the template refuses the messages.
         """
         self.check_admission()
-        if self._tokenizer is None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._tokenizer_known.wait(), self._patience_s(received_at))
-        self.check_admission()
-        if self._tokenizer is None:
-            raise self._not_ready()
         if self._num_rendering >= self._settings.max_queue + self.engine.stats().num_slots:
             raise QueueFull(f"{self._num_rendering} prompts wait to be tokenised; try again shortly")
-        render = self._tokenizer.chat.prompt
         self._num_rendering += 1
         try:
+            if self._tokenizer is None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._tokenizer_known.wait(), self._patience_s(received_at))
+                self.check_admission()
+            if self._tokenizer is None:
+                raise self._not_ready()
+            render = self._tokenizer.chat.prompt
             return await asyncio.get_running_loop().run_in_executor(self._renderers, render, messages)
         finally:
             self._num_rendering -= 1
@@ -227,6 +234,7 @@ class Lifecycle:
         deadline = time.monotonic() + timeout_s
         error = ShuttingDown("the server is shutting down; try again", retry_after=RETRY_AFTER_DRAINING_S)
         self.engine.fail_waiting(error)
+        self._tokenizer_known.set()  # who waits for it learns of the shutdown
         while self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - the engine's thread empties it
             await asyncio.sleep(0.02)
         self.engine.fail_all(error)
@@ -240,10 +248,6 @@ class Lifecycle:
 
     async def close(self) -> None:
         """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
+        self._is_closed = True
         await self.engine.close()
         self._renderers.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def is_loading_thread_alive(self) -> bool:
-        """Whether the process must end without waiting for its threads."""
-        return self._thread is not None and self._thread.is_alive()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -124,14 +126,16 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
+    @cached_property
     def served_name(self) -> str:
         """The model's id in the API."""
         if self.model_name:
             return self.model_name
         if self.engine is EngineName.ECHO and not self.model:
             return "echo"
-        return Path(self.model).resolve().name if Path(self.model).exists() else self.model
+        folder = Path(self.model).expanduser()
+        # Not resolve(): the name of a link is the operator's choice.
+        return Path(os.path.abspath(folder)).name if folder.exists() else self.model  # noqa: PTH100
 
     def engine_config(self) -> EngineConfig:
         """The settings that concern the engine, as plain values."""

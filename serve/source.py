@@ -45,10 +45,16 @@ class ModelOrigin(Protocol):
 
 
 class CheckpointOrigin:
-    """A model folder or a Hub id."""
+    """A model folder or a Hub id.
+
+    Raises:
+        ConfigError: the name is malformed, or the operator's chat template cannot be read.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        weights.check_name(settings.model)
         self._settings = settings
+        self._template = _operator_template(settings.chat_template)
         self._source: weights.ModelSource | None = None
 
     def load_tokenizer(self) -> LoadedTokenizer:
@@ -56,10 +62,10 @@ class CheckpointOrigin:
         settings = self._settings
         source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
         self._source = source
-        chat = ChatFormat(HubTokenizer(source.tokenizer_folder), _operator_template(settings.chat_template))
+        max_model_len = _max_model_len(settings.max_model_len, checkpoint.context_length(source.config))
         return LoadedTokenizer(
-            chat=chat,
-            max_model_len=_max_model_len(settings.max_model_len, checkpoint.context_length(source.config)),
+            chat=ChatFormat(HubTokenizer(source.tokenizer_folder), self._template, max_model_len),
+            max_model_len=max_model_len,
             default_sampling=checkpoint.default_sampling(source.folder),
         )
 
@@ -83,11 +89,13 @@ class EchoOrigin:
 
     special_tokens: Mapping[str, str] = MappingProxyType({})
     chat_template = echo.CHAT_TEMPLATE
+    max_chars_per_token: int | None = None
     encode = staticmethod(echo.encode)
     decode = staticmethod(echo.decode)
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._template = _operator_template(settings.chat_template)
 
     def token_id(self, token: str) -> int | None:
         """No token has a name."""
@@ -98,7 +106,7 @@ class EchoOrigin:
         """Bytes as tokens."""
         settings = self._settings
         return LoadedTokenizer(
-            chat=ChatFormat(self, _operator_template(settings.chat_template)),
+            chat=ChatFormat(self, self._template),
             max_model_len=settings.max_model_len or echo.MAX_MODEL_LEN,
         )
 

@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from serve.errors import ServeError
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing logits by them overflows."""
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended.  ``ABORT`` and ``ERROR`` never reach the wire as a finish reason."""
@@ -27,10 +30,10 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy.  ``top_k`` 0 and ``top_p`` 1.0 and ``min_p`` 0.0 keep the whole vocabulary.
     ``seed`` fixes this request's own generator, whatever else is in the batch.  ``max_tokens`` counts
-    generated tokens, the end-of-sequence token included.
+    generated tokens, the end-of-sequence token included; None is all that fits after the prompt.
     """
 
-    max_tokens: int
+    max_tokens: int | None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -40,8 +43,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """True when the most likely token is always taken."""
-        return self.temperature == 0.0
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,16 @@ class ModelSource:
         return self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.folder
 
 
+def check_name(model: str) -> None:
+    """Refuse early what is neither a folder's path nor a Hub id.
+
+    Raises:
+        ConfigError: the name is malformed.
+    """
+    if not _exists(Path(model).expanduser()) and not _looks_like_path(model):
+        hub.check_name(model)
+
+
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """Stage one: find the model and bring everything but the weights.
 
@@ -149,8 +159,12 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _looks_like_path(model: str) -> bool:
+    return model.startswith(("/", ".", "~")) or (model.count("/") > 1 and "://" not in model)
+
+
 def _find_at_hub(model: str, revision: str | None, trust_remote_code: bool) -> tuple[ModelSource, str]:
-    if model.startswith(("/", ".", "~")) or (model.count("/") > 1 and "://" not in model):
+    if _looks_like_path(model):
         raise ModelLoadError(f"{model} does not exist: looked for a folder, and it is not a Hub id (owner/name).")
     hub.check_name(model)
     patterns = (*_SMALL_FILES, "*.py") if trust_remote_code else _SMALL_FILES

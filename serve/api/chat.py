@@ -69,9 +69,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     prompt = await lifecycle.prompt(to_messages(body.messages), record.received_at)
     record.prompt_tokens = len(prompt)
     params = sampling_params(body, len(prompt), lifecycle)
-    generation = GenerationRequest(
-        request_id=record.request_id + uuid.uuid4().hex[:8], prompt_token_ids=prompt, params=params
-    )
+    generation = GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=prompt, params=params)
     stream = RecordedStream(lifecycle.submit(generation, record.received_at), record)
 
     completion_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -169,7 +167,8 @@ def sampling_params(body: ChatCompletionRequest, num_prompt_tokens: int, lifecyc
     )
 
 
-def _max_tokens(wanted: int | None, name: str, num_prompt_tokens: int, context: int) -> int:
+def _max_tokens(wanted: int | None, name: str, num_prompt_tokens: int, context: int) -> int | None:
+    """What was asked for, if it fits; None stays None: the engine gives all that fits."""
     room = context - num_prompt_tokens
     if room < 1 or (wanted or 0) > room:
         asked = f" and {name} asks for {wanted}" if wanted else ""
@@ -178,7 +177,7 @@ def _max_tokens(wanted: int | None, name: str, num_prompt_tokens: int, context: 
             + ("shorten the messages" if room < 1 else f"lower {name} to at most {room}"),
             param="messages" if room < 1 else name,
         )
-    return room if wanted is None else wanted
+    return wanted
 
 
 def _usage(usage: TokenUsage) -> Usage:

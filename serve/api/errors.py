@@ -33,6 +33,7 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.EngineNotReady: (503, BUSY),
     errors.ShuttingDown: (503, BUSY),
     errors.OutOfMemory: (503, BUSY),
+    errors.ConfigError: (503, SERVER),
     errors.ModelLoadError: (503, SERVER),
     errors.EngineDead: (503, SERVER),
     errors.DeadlineExceeded: (504, BUSY),
@@ -114,14 +115,24 @@ def show(value: Any) -> str:
 
 def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
     """The most specific of a validation's problems: which field, which value, what it should be."""
-    found = max(((_path(problem, body), problem) for problem in problems), key=lambda pair: len(pair[0]))
-    path, problem = found
+    path, problem = max(
+        ((_path(problem, body), problem) for problem in problems),
+        key=lambda pair: (len(pair[0]), _is_of_the_right_kind(pair[1])),
+    )
     name = _dotted(path)
     if problem["type"] == "missing":
         return InvalidRequest(f"{name} is missing; it is required", param=name or None)
     shown = show(problem.get("input"))
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return InvalidRequest(f"{name or 'the body'}: {message[:1].lower()}{message[1:]}, not {shown}", param=name or None)
+    message = f"{name or 'the body'}: {message[:1].lower()}{message[1:]}"
+    return InvalidRequest(message if ", not " in message else f"{message}, not {shown}", param=name or None)
+
+
+def _is_of_the_right_kind(problem: Any) -> bool:
+    """Whether this member of a union at least wanted the kind of value that came: its words help most."""
+    value: Any = problem.get("input")
+    kind = "string" if isinstance(value, str) else "list" if isinstance(value, list) else "dict"
+    return not str(problem["type"]).endswith("_type") or str(problem["type"]).startswith(kind)
 
 
 def _path(problem: Any, body: Any) -> list[str | int]:

@@ -16,6 +16,9 @@ from serve.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
+MAX_SHRINKING = 4
+"""Normalisers shorten a text and some tokenisers drop spaces; more than this happens only to contrived texts."""
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -30,6 +33,11 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None:
         """The model's own template, in Jinja."""
+        ...
+
+    @property
+    def max_chars_per_token(self) -> int | None:
+        """A text with more characters for each token than this does not exist; None: unknown."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -55,6 +63,10 @@ class HubTokenizer:
     def __init__(self, folder: Path) -> None:
         config = _read_json(folder / "tokenizer_config.json")
         self._rust = _load_rust(folder, config)
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        longest = max(map(len, self._rust.get_vocab(with_added_tokens=True)), default=1)
+        self.max_chars_per_token = longest * MAX_SHRINKING
         self.special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         self.chat_template = _chat_template(folder, config)
 
@@ -80,8 +92,6 @@ def _load_rust(folder: Path, config: dict[str, Any]) -> Any:
 
             rust: Any = tokenizers.Tokenizer.from_file(str(path))
             if _has_all_added_tokens(rust, config):
-                rust.no_truncation()
-                rust.no_padding()
                 logger.info("Tokenizer: %s (tokenizers, exact)", path.name)
                 return rust
         from transformers import AutoTokenizer  # noqa: PLC0415

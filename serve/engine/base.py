@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from serve.engine.scheduler import Batch
 from serve.errors import ServeError
 from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
 
@@ -150,4 +151,30 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop stepping and release the model."""
+        ...
+
+
+class Runner(Protocol):
+    """Computes one step.  All tensors live behind this."""
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that fit in the KV cache, known after ``load``."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that fit in one slot, known after ``load``."""
+        ...
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Bring the model up, warmed.  Raises ``ModelLoadError``."""
+        ...
+
+    def step(self, batch: Batch) -> list[int | None]:
+        """One token id for each of ``batch.sampled``; ``None`` where the logits were not finite.
+
+        Raises:
+            OutOfMemory: nothing of this step counts.
+        """
         ...

@@ -62,6 +62,8 @@ def choose_device(requested: str) -> Choice[torch.device]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         return Choice(torch.device("cuda", 0), f"{name} found")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} and requested == "auto":
+        return Choice(torch.device("cpu"), "CUDA_VISIBLE_DEVICES hides the GPUs")
     if torch.version.cuda is not None and NVIDIA_DRIVER.exists():
         raise ModelLoadError(
             f"there is an NVIDIA driver, but this torch (CUDA {torch.version.cuda}) cannot use it: it is probably too "
@@ -145,6 +147,9 @@ def _cgroup_memory() -> int | None:
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        # Files that were read, such as the weights, count as used, and are given back when memory is needed.
+        used -= int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(0, int(limit) - used)

@@ -47,6 +47,13 @@ class KVCache:
         tensors = [tensor for pair in self._layers.values() for tensor in pair]
         return sum(tensor[0, 0].numel() * tensor.element_size() for tensor in tensors)
 
+    def resized(self, num_slots: int, max_len: int) -> KVCache:
+        """A cache of the same layers, all allocated."""
+        made = KVCache(num_slots, max_len, self._dtype, self._device)
+        for index, (key, value) in self._layers.items():
+            made.layer(index, key, value)
+        return made
+
     def move(self, moves: Iterable[Move]) -> None:
         """Carry out the scheduler's moves, in order."""
         for move in moves:
@@ -63,7 +70,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, num_bytes)
+    # Private: reading an unwritten page of shared memory would allocate it.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, num_bytes, **private)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         # A huge page for the first tokens of each slot and layer would take 2 GiB with 32 slots of the demo model.
         pages.madvise(mmap.MADV_NOHUGEPAGE)

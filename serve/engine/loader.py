@@ -80,11 +80,11 @@ def load_model(files: ModelFiles, dtype: torch.dtype, device: torch.device, conf
         raise ModelLoadError(f"transformers cannot load {files.folder.name}: {_first_line(error)}") from error
 
 
-def probe(model: Any, max_model_len: int) -> int:
+def probe(model: Any, max_model_len: int) -> KVCache:
     """Compare a short prompt and two decoded tokens with transformers' own attention; switch the model to ours.
 
     Returns:
-        Bytes that one token takes in the KV cache.
+        The probe's small cache, which knows the shapes of all layers.
 
     Raises:
         ModelLoadError: the model keeps state that our slots do not hold, or its attention is not called.
@@ -113,7 +113,7 @@ def probe(model: Any, max_model_len: int) -> int:
         scheduler.complete(batch, [native[len(tokens) + len(got) - 1]] if batch.sampled else [])
         scheduler.release()
     _compare(expected, got, dtype, cache.num_layers, config.num_hidden_layers, type(model).__name__)
-    return cache.bytes_per_token
+    return cache
 
 
 def _probe_forward(model: Any, batch: Batch, cache: KVCache) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase
 from serve.engine.device import (
@@ -21,7 +21,13 @@ from serve.engine.worker import StepEngine
 from serve.errors import ModelLoadError, OutOfMemory
 from serve.types import GenerationRequest, SamplingParams
 
+if TYPE_CHECKING:
+    from serve.engine.kv_cache import KVCache
+
 logger = logging.getLogger(__name__)
+
+SHORTAGES = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How allocators outside torch's own CUDA allocator say that there is no memory."""
 
 CPU_SLOTS = 32
 CUDA_SLOTS = 64
@@ -68,20 +74,19 @@ class TransformersRunner:
         with phase("weights"), torch.inference_mode():
             self._model = loader.load_model(files, self._dtype.value, self._device.value, self._config)
         with phase("probe"), torch.inference_mode():
-            bytes_per_token = loader.probe(self._model, files.max_model_len)
+            seen = loader.probe(self._model, files.max_model_len)
         with phase("kv_cache"):
-            self._make_cache(bytes_per_token, files.max_model_len)
+            self._make_cache(seen, files.max_model_len)
         self._sampler = Sampler(self._device.value, secrets.randbits(63))
         with phase("warm_up"):
             self._warm_up()
 
-    def _make_cache(self, bytes_per_token: int, model_len: int) -> None:
-        from serve.engine.kv_cache import KVCache  # noqa: PLC0415
-
+    def _make_cache(self, seen: KVCache, model_len: int) -> None:
+        """Allocate all layers at once, so that a shortage shows here and not at somebody's request."""
         device = self._device.value
         on_cuda = device.type == "cuda"
         size = fit_cache(
-            bytes_per_token=bytes_per_token,
+            bytes_per_token=seen.bytes_per_token,
             budget=int(available_memory(device) * (CUDA_CACHE_SHARE if on_cuda else CPU_CACHE_SHARE)),
             model_len=model_len,
             default_slots=CUDA_SLOTS if on_cuda else CPU_SLOTS,
@@ -90,16 +95,29 @@ class TransformersRunner:
         )
         logger.info("KV cache: %s", size.reason)
         self.num_slots, self.max_model_len = size.num_slots, size.max_model_len
-        self._cache = KVCache(size.num_slots, size.max_model_len, self._dtype.value, device)
+        try:
+            self._cache = seen.resized(size.num_slots, size.max_model_len)
+        except (RuntimeError, OSError) as error:
+            raise ModelLoadError(f"the KV cache cannot be allocated: {size.reason}; {error}") from error
 
     def _warm_up(self) -> None:
-        """Two tokens of one request, so that the first user does not pay for first calls."""
-        scheduler = Scheduler(num_slots=1, prefill_chunk_tokens=8, eos_token_ids=frozenset())
+        """Two tokens of one request, so that the first user does not pay for first calls.
+
+        On a GPU with the longest prompt that a step may hold: the memory it needs is proven to be there.
+        """
+        chunk = self._config.prefill_chunk_tokens
+        num_tokens = min(chunk, self.max_model_len - 2) if self._device.value.type == "cuda" else 3
+        scheduler = Scheduler(num_slots=1, prefill_chunk_tokens=chunk, eos_token_ids=frozenset())
         params = SamplingParams(max_tokens=2, temperature=1.0, seed=0)
-        scheduler.add(GenerationRequest(request_id="warm-up", prompt_token_ids=(1, 2, 3), params=params))
+        scheduler.add(GenerationRequest(request_id="warm-up", prompt_token_ids=(1,) * num_tokens, params=params))
         while scheduler.has_work:
             batch = scheduler.schedule()
-            token_ids = self.step(batch)
+            try:
+                token_ids = self.step(batch)
+            except OutOfMemory as error:
+                raise ModelLoadError(
+                    f"no memory is left for a step of {num_tokens} tokens; lower SERVE_MAX_BATCH_SIZE"
+                ) from error
             if None in token_ids:
                 raise ModelLoadError(
                     f"the model's logits are not finite in {self._dtype.value}; try SERVE_DTYPE=bfloat16 or float32"
@@ -121,13 +139,13 @@ class TransformersRunner:
                 self._cache.move(batch.moves)
                 logits = self._forward(batch)
                 return self._sampler.sample(logits, batch.sampled) if batch.sampled else []
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory("the GPU has no memory left for this request; try again or shorten it") from error
         except RuntimeError as error:
-            if "not enough memory" not in str(error):  # DefaultCPUAllocator's words
+            if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in SHORTAGES):
                 raise
-            raise OutOfMemory("the server has no memory left for this request; try again or shorten it") from error
+        # Outside the handler: the exception's frames hold this step's tensors, and the next try needs their memory.
+        if self._device.value.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(f"the {self._device.value.type} has no memory left for this request; try again or shorten it")
 
     def _forward(self, batch: Batch) -> Any:
         """Logits ``[num_sampled, vocab_size]``."""

@@ -136,7 +136,7 @@ class Scheduler:
             sequence.output_token_ids.append(token_id)
             if token_id in self._eos_token_ids:
                 sequence.finish_reason = FinishReason.STOP
-            elif len(sequence.output_token_ids) >= sequence.request.params.max_tokens:
+            elif len(sequence.output_token_ids) == sequence.request.params.max_tokens:
                 sequence.finish_reason = FinishReason.LENGTH
         prefilled = [sequence for sequence in self.prefilling if sequence.is_prefilled]
         self.running += prefilled

@@ -12,42 +12,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase, TokenStream
+from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, TokenStream
 from serve.engine.detokenizer import Detokenizer
 from serve.engine.scheduler import Batch, Scheduler, Sequence
 from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
 from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
-
-
-class Runner(Protocol):
-    """Computes one step.  All tensors live behind this."""
-
-    @property
-    def num_slots(self) -> int:
-        """Sequences that fit in the KV cache, known after ``load``."""
-        ...
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that fit in one slot, known after ``load``."""
-        ...
-
-    def load(self, files: ModelFiles, phase: Phase) -> None:
-        """Bring the model up, warmed.  Raises ``ModelLoadError``."""
-        ...
-
-    def step(self, batch: Batch) -> list[int | None]:
-        """One token id for each of ``batch.sampled``; ``None`` where the logits were not finite.
-
-        Raises:
-            OutOfMemory: nothing of this step counts.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +60,7 @@ class StepEngine:
         self._runner = runner
         self._files: ModelFiles | None = None
         self._streams: dict[str, TokenStream] = {}
+        self._early: dict[str, _Add] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._live: dict[str, _Live] = {}
@@ -112,6 +86,9 @@ class StepEngine:
             prefill_chunk_tokens=self._config.prefill_chunk_tokens,
             eos_token_ids=self._files.eos_token_ids,
         )
+        for command in self._early.values():
+            self._commands.put(command)
+        self._early.clear()
         loop = asyncio.get_running_loop()
 
         def deliver(events: _Events) -> None:
@@ -137,12 +114,16 @@ class StepEngine:
             )
         stream = TokenStream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
-        self._commands.put(_Add(request, time.perf_counter()))
+        command = _Add(request, time.perf_counter())
+        if self._thread is None:
+            self._early[request.request_id] = command
+        else:
+            self._commands.put(command)
         return stream
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step."""
-        if self._streams.pop(request_id, None):
+        if self._streams.pop(request_id, None) and not self._early.pop(request_id, None):
             self._commands.put(_Abort(request_id))
 
     def fail_waiting(self, error: ServeError) -> None:
@@ -233,13 +214,16 @@ class StepEngine:
                     self._add(scheduler, files, command, events)
 
     def _add(self, scheduler: Scheduler, files: ModelFiles, command: _Add, events: _Events) -> None:
-        request = command.request
-        needed, room = len(request.prompt_token_ids) + request.params.max_tokens, self._runner.max_model_len
-        if needed > room:
-            message = f"prompt and completion need {needed} tokens, but a slot has room for {room}"
-            error = ContextLengthExceeded(message, param="max_tokens")
+        request, room = command.request, self._runner.max_model_len
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        if num_prompt_tokens + (max_tokens or 1) > room:
+            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
+            message = f"the context is {room} tokens, but the prompt has {num_prompt_tokens}{asked}; shorten it"
+            error = ContextLengthExceeded(message, param="messages")
             events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
             return
+        if max_tokens is None:
+            request = replace(request, params=replace(request.params, max_tokens=room - num_prompt_tokens))
         detokenizer = Detokenizer(files.decode, request.params.stop)
         self._live[request.request_id] = _Live(scheduler.add(request), detokenizer, command.submitted_at)
 
@@ -271,7 +255,12 @@ class StepEngine:
         live = self._live[request_id]
         text = ""
         if sequence.finish_reason is not FinishReason.STOP:
-            text, is_stopped = live.detokenizer.push(token_id)
+            try:
+                text, is_stopped = live.detokenizer.push(token_id)
+            except Exception as error:
+                # Its words may hold the text.
+                logger.error("Decoding the tokens of request %s failed: %s", request_id, type(error).__name__)
+                return self._end_with(sequence, GenerationFailed("the model's tokens cannot be decoded"))
             if is_stopped:
                 sequence.finish_reason = FinishReason.STOP
         if sequence.finish_reason is not None:

@@ -129,7 +129,7 @@ UNSUPPORTED = {
     "n": 3, "logprobs": True, "top_logprobs": 5, "logit_bias": {"9": 1}, "frequency_penalty": 1.0,
     "presence_penalty": 0.5, "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{"name": "f"}],
     "function_call": {"name": "f"}, "response_format": {"type": "json_object"}, "modalities": ["audio"], "audio": {},
-    "prediction": {"type": "content", "content": "x"}, "web_search_options": {}, "reasoning_effort": "low",
+    "web_search_options": {}, "reasoning_effort": "low",
     "verbosity": "high", **dict.fromkeys(sorted(UNSUPPORTED_EXTRAS), 1),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def word_model(folder: Path) -> Path:
     """A folder with a real tokenizer, of words, and weights that nobody reads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({"?": 0, "word": 1}, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "word": 1, "w" * 64: 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     files = checkpoints.model_files(max_position_embeddings=8192) | {
         "tokenizer.json": tokenizer.to_str().encode(),

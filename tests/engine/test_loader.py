@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import load, tiny_llama
@@ -91,6 +93,30 @@ def test_gpu_that_this_torch_cannot_use_is_never_replaced_by_the_cpu_in_silence(
     assert device.choose_device("cpu").value.type == "cpu"
     monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "none")
     assert device.choose_device("auto").value.type == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_mean_the_cpu(monkeypatch, tmp_path, hidden):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    choice = device.choose_device("auto")
+    assert (choice.value.type, choice.reason) == ("cpu", "CUDA_VISIBLE_DEVICES hides the GPUs")
+
+
+def test_cache_takes_no_memory_before_it_is_written():
+    from serve.engine.kv_cache import KVCache
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    cache = KVCache(8, 4096, torch.float32, torch.device("cpu"))
+    before = resident_bytes()
+    key, _ = cache.layer(0, torch.zeros(1, 4, 64), torch.zeros(1, 4, 64))  # 2 x 32 MiB
+    key[3, :2] = 1.0
+    assert float(key.sum()) == 2 * 4 * 64  # reads every page
+    assert resident_bytes() - before < 8 * 2**20
 
 
 def test_dtype_is_chosen_by_the_device_and_says_why(monkeypatch):

@@ -91,6 +91,15 @@ def test_greedy_row_ignores_its_sampling_neighbours():
     assert {sampler.sample(logits, rows)[0] for _ in range(20)} == {1}
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-6, 1e-4])
+def test_tiny_temperature_takes_the_most_likely_token(temperature, params):
+    logits = torch.tensor([[1.0, 2.0, 10.0, 3.0, -1.0]])
+    row = sequence(SamplingParams(max_tokens=1, temperature=temperature, **params))
+    sampler = Sampler(torch.device("cpu"), seed=0)
+    assert {sampler.sample(logits, [row])[0] for _ in range(20)} == {2}
+
+
 def test_nucleus_beyond_the_trim_width_is_drawn_from_the_whole_vocabulary():
     vocab = TRIM_WIDTH * 8
     rows = [sequence(SamplingParams(max_tokens=1, top_p=0.99)) for _ in range(64)]

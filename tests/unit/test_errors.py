@@ -9,7 +9,6 @@ from serve.api.errors import TABLE, error_json, error_response, explain, plain_e
 from serve.errors import ServeError
 
 KEYS = {"message", "type", "param", "code"}
-WITHOUT_STATUS = {errors.ConfigError}
 KINDS = list(TABLE)
 
 
@@ -19,7 +18,7 @@ def leaves(kind: type[ServeError]) -> set[type[ServeError]]:
 
 
 def test_table_has_every_error_that_can_reach_a_caller():
-    assert set(TABLE) == leaves(ServeError) - WITHOUT_STATUS
+    assert set(TABLE) == leaves(ServeError)
 
 
 def test_roots_are_never_raised_themselves():

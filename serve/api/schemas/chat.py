@@ -136,9 +136,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
 """Fields not implemented yet, with the values that ask for nothing and are accepted."""
