@@ -32,8 +32,8 @@ def accepts_basic(path: str) -> bool:
 
 
 def challenge(path: str) -> str:
-    """The ``WWW-Authenticate`` of a 401."""
-    return 'Basic realm="Trimaran: any user name, the API key as password", Bearer' if accepts_basic(path) else "Bearer"
+    """The ``WWW-Authenticate`` of a 401.  One scheme only: Chromium does not ask when another is named beside Basic."""
+    return 'Basic realm="the API key is the password"' if accepts_basic(path) else "Bearer"
 
 
 class KeyRing:
