@@ -138,12 +138,7 @@ async def collect(stream: TokenStream) -> Answer:
 
 def generate_alone(loaded: Loaded, prompt: list[int], max_tokens: int) -> list[int]:
     """What transformers' own greedy ``generate`` gives, with its own attention and cache."""
-    from transformers import AutoModelForCausalLM
-
-    model = _native.get(loaded.files.folder)
-    if model is None:
-        model: Any = AutoModelForCausalLM.from_pretrained(loaded.files.folder, dtype=torch.float32)
-        _native[loaded.files.folder] = model
+    model = native(loaded)
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -156,4 +151,21 @@ def generate_alone(loaded: Loaded, prompt: list[int], max_tokens: int) -> list[i
     return out[0, len(prompt) :].tolist()
 
 
-_native: dict[Path, Any] = {}
+def next_logits(loaded: Loaded, tokens: list[int]) -> torch.Tensor:
+    """The logits after ``tokens``, by transformers alone."""
+    with torch.inference_mode():
+        return native(loaded)(torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+
+
+def native(loaded: Loaded) -> Any:
+    """The same model with transformers' own attention, loaded once."""
+    from transformers import AutoModelForCausalLM
+
+    key = (loaded.files.folder, loaded.config.dtype)
+    if key not in _native:
+        dtype = getattr(torch, loaded.config.dtype)
+        _native[key] = AutoModelForCausalLM.from_pretrained(loaded.files.folder, dtype=dtype)
+    return _native[key]
+
+
+_native: dict[tuple[Path, str], Any] = {}
