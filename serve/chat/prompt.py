@@ -9,6 +9,9 @@ from serve.chat.template import ChatTemplate
 from serve.chat.tokenizer import Tokenizer
 from serve.errors import ContextLengthExceeded, InvalidRequest
 
+USUAL_CHARS_PER_TOKEN = 16
+"""A text within the context at this rate is tokenised without further questions."""
+
 
 class ChatFormat:
     """How one model reads conversations.
@@ -43,8 +46,11 @@ class ChatFormat:
 
     def _refuse_hopeless(self, text: str) -> None:
         """Tokenising 8 MiB takes seconds, and two such prompts would keep everybody else's waiting."""
-        context, longest = self._max_model_len, self.tokenizer.max_chars_per_token
-        if context is not None and longest is not None and len(text) > context * longest:
+        context = self._max_model_len
+        if context is None or len(text) <= context * USUAL_CHARS_PER_TOKEN:
+            return
+        longest = self.tokenizer.max_chars_per_token
+        if longest is not None and len(text) > context * longest:
             raise ContextLengthExceeded(
                 f"this model's context is {context} tokens, but the prompt has {len(text)} characters, "
                 f"more than {context * longest}, which cannot fit; shorten the messages",

@@ -65,10 +65,20 @@ class HubTokenizer:
         self._rust = _load_rust(folder, config)
         self._rust.no_truncation()
         self._rust.no_padding()
-        longest = max(map(len, self._rust.get_vocab(with_added_tokens=True)), default=1)
-        self.max_chars_per_token = longest * MAX_SHRINKING
+        self._max_chars_per_token: int | None = None
         self.special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         self.chat_template = _chat_template(folder, config)
+
+    @property
+    def max_chars_per_token(self) -> int | None:
+        """A text with more characters for each token than this does not exist.
+
+        Found when first asked for: listing the vocabulary holds the GIL for tens of milliseconds.
+        """
+        if self._max_chars_per_token is None:
+            longest = max(map(len, self._rust.get_vocab(with_added_tokens=True)), default=1)
+            self._max_chars_per_token = longest * MAX_SHRINKING
+        return self._max_chars_per_token
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text count as such, none is added."""
