@@ -5,8 +5,10 @@ Standard library only: every layer may import it, and it knows none of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from serve.errors import ServeError
 
@@ -24,6 +26,27 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Grammar(Protocol):
+    """Which tokens one sequence may take next.  Belongs to that sequence; used on the engine's thread alone."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end of the sequence may follow."""
+        ...
+
+    def allowed(self) -> bytes:
+        """The next token's bit mask: 32-bit little-endian words, bit ``i % 32`` of word ``i // 32`` is token ``i``."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on with the token that was taken.
+
+        Raises:
+            ValueError: :meth:`allowed` did not allow it.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request turns logits into tokens.
@@ -31,6 +54,15 @@ class SamplingParams:
     ``temperature`` 0 is greedy.  ``top_k`` 0 and ``top_p`` 1.0 and ``min_p`` 0.0 keep the whole vocabulary.
     ``seed`` fixes this request's own generator, whatever else is in the batch.  ``max_tokens`` counts
     generated tokens, the end-of-sequence token included; None is all that fits after the prompt.
+
+    ``frequency_penalty`` and ``presence_penalty`` are subtracted from the logits of generated tokens (per
+    occurrence, and once); ``repetition_penalty`` divides or multiplies those of prompt and generated tokens.
+    ``logit_bias`` holds pairs of token id and what is added to its logit.  Before ``min_tokens`` tokens no
+    sequence ends by an end-of-sequence or stop token; with ``ignore_eos`` only ``stop_token_ids``, ``stop`` and
+    ``max_tokens`` end it.  ``logprobs`` is the number of most likely tokens reported beside each generated token,
+    0 for that token alone and None for nothing; ``prompt_logprobs`` the same for the prompt.  They are of the
+    model's own distribution, before temperature, penalties, bias and grammar.  ``grammar`` makes the constraint
+    of one sequence; it must be cheap, since it is called on the engine's thread.
     """
 
     max_tokens: int | None
@@ -40,6 +72,16 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Callable[[], Grammar] | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -49,24 +91,39 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt for the engine: token ids in, :class:`TokenEvent` out."""
+    """One prompt for the engine: token ids in, :class:`TokenEvent` out.
+
+    ``cache_scope`` names whose prompts may share computed prefixes: the caller's key id, so that no key can time
+    what another one asked.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request, as they are billed."""
+    """Tokens of one request, as they are billed.  ``cached_tokens`` of the prompt were not computed again."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
         """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's natural log-probability, and the most likely tokens at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +132,8 @@ class TokenEvent:
 
     ``text`` may be empty: a character or a possible stop string is still incomplete.  The last event of a
     request carries ``finish_reason`` and ``usage``; with ``FinishReason.ERROR`` it also carries ``error``.
-    The first carries ``queue_s``, the seconds that the request waited for a slot.
+    The first carries ``queue_s``, the seconds that the request waited for a slot.  ``logprob`` and, on the first
+    event, ``prompt_logprobs`` (None for the first prompt token, which nothing predicts) are there when asked for.
     """
 
     text: str = ""
@@ -84,6 +142,8 @@ class TokenEvent:
     usage: Usage | None = None
     error: ServeError | None = None
     queue_s: float | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
