@@ -168,6 +168,12 @@ class Lifecycle:
         """What the model's own generation_config.json says of temperature, top_p, top_k and min_p."""
         return self._tokenizer.default_sampling if self._tokenizer else {}
 
+    @property
+    def capacity(self) -> int | None:
+        """Sequences that may run and wait at once; None before the model is loaded."""
+        num_slots = self.engine.stats().num_slots
+        return num_slots + self._settings.max_queue if num_slots else None
+
     def check_admission(self) -> None:
         """Raise the error that a new request would get now: ``ShuttingDown``, ``EngineDead`` or ``ModelLoadError``."""
         if self.state is State.DEAD:

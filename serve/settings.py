@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         None, ge=16, description="Tokens of prompt and completion together. Default: the model's, at most 8192."
     )
+    strict: bool = Field(False, description="Refuse unknown request fields with 400 instead of ignoring them.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot; more get 429.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")

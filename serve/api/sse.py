@@ -10,8 +10,8 @@ from typing import Protocol
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.api.completion import RecordedStream
 from serve.api.errors import error_json
+from serve.api.generation import Choices, IndexedEvent
 from serve.errors import GenerationFailed, ServeError
 from serve.types import TokenEvent
 
@@ -30,39 +30,42 @@ def frame(data: bytes) -> bytes:
 class Shape(Protocol):
     """Turns a request's events into the frames of one wire."""
 
-    def frames(self, event: TokenEvent) -> Iterable[bytes]:
-        """The frames of one event; the last event also closes the wire's stream."""
+    def frames(self, index: int, event: TokenEvent) -> Iterable[bytes]:
+        """The frames of one event of a choice; the last choice's last event also closes the wire's stream."""
         ...
 
 
-async def event_frames(stream: RecordedStream, shape: Shape, keep_alive_s: float) -> AsyncIterator[bytes]:
+async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float) -> AsyncIterator[bytes]:
     """All frames of a request; what arrived together goes out in one write.
 
-    An error after the headers becomes an event, since the status is already sent.
+    An error after the headers becomes an event, since the status is already sent; it ends the stream.
     """
     try:
         while True:
             try:
-                events = await asyncio.wait_for(stream.next(), keep_alive_s)
+                events = await asyncio.wait_for(choices.next(), keep_alive_s)
                 break
             except TimeoutError:
                 yield KEEP_ALIVE
         while events:
-            yield b"".join(piece for event in events for piece in _frames(event, shape))
-            events = await stream.next()
-    except ServeError as error:
-        yield frame(error_json(error)) + DONE
+            pieces, error = _until_error(events, shape)
+            yield b"".join(pieces)
+            if error is not None:
+                yield frame(error_json(error)) + DONE
+                return
+            events = await choices.next()
     except Exception:
-        logger.exception("Unexpected error in the stream of request %s", stream.request_id)
+        logger.exception("Unexpected error in a stream")
         yield frame(error_json(GenerationFailed("internal error while streaming"))) + DONE
 
 
-def _frames(event: TokenEvent, shape: Shape) -> Iterable[bytes]:
-    if event.error is not None:
-        yield frame(error_json(event.error))
-        yield DONE
-    else:
-        yield from shape.frames(event)
+def _until_error(events: Iterable[IndexedEvent], shape: Shape) -> tuple[list[bytes], ServeError | None]:
+    pieces: list[bytes] = []
+    for index, event in events:
+        if event.error is not None:
+            return pieces, event.error
+        pieces += shape.frames(index, event)
+    return pieces, None
 
 
 class EventStream(StreamingResponse):

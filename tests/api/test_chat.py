@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import chat, openai_error
+from support import chat, openai_error, serving
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -23,6 +24,12 @@ TEXTS = st.text(
     min_size=1,
     max_size=40,
 )
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[httpx.Client]:
+    with serving(strict=True) as served, httpx.Client(base_url=served.url) as client:
+        yield client
 
 
 def ask(client: httpx.Client, text: str, **fields: Any) -> dict[str, Any]:
@@ -44,12 +51,18 @@ def test_chat_answers_with_every_required_field(client: httpx.Client) -> None:
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "hello", "refusal": None},
+            "message": {"role": "assistant", "content": "hello", "refusal": None, "annotations": []},
             "logprobs": None,
             "finish_reason": "stop",
         }
     ]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 6,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,6 +186,32 @@ def test_chat_accepts_unknown_fields_and_names_them(client: httpx.Client) -> Non
     assert response.status_code == 200
     assert response.headers["x-ignored-parameters"] == "frobnicate, zeta"
     assert "x-ignored-parameters" not in client.post(COMPLETIONS, json=chat("a", user="me")).headers
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"zeta": 1}, "zeta"),
+        ({"zeta": None}, "zeta"),
+        ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
+        ({"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages[0].mood"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]},
+            "messages[0].content[0].cache_control",
+        ),
+    ],
+)
+def test_chat_refuses_unknown_fields_when_strict(strict: httpx.Client, fields: dict[str, Any], name: str) -> None:
+    response = strict.post(COMPLETIONS, json=chat("a") | fields)
+
+    assert response.status_code == 400
+    assert openai_error(response.json())["param"] == name
+
+
+def test_chat_strict_takes_every_known_field(strict: httpx.Client) -> None:
+    fields = {"user": "me", "top_k": 5, "guided_json": None, "use_beam_search": False, "store": False, "n": 1}
+
+    assert strict.post(COMPLETIONS, json=chat("a", **fields)).status_code == 200
 
 
 def test_chat_max_completion_tokens_wins(client: httpx.Client) -> None:

@@ -12,7 +12,7 @@ import pytest
 import support
 from support import chat, openai_error, serving
 
-from serve.api.schemas.chat import UNSUPPORTED_EXTRAS
+from serve.api.schemas.sampling import REFUSED_EXTRAS
 from serve.engine.base import TokenStream
 from serve.engine.echo import EchoEngine
 from serve.types import GenerationRequest
@@ -108,7 +108,7 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "stop with an empty string": (raw_chat(stop='["a",""]'), "stop[1]"),
     "stop too many": (raw_chat(stop='["a","b","c","d","e"]'), "stop"),
     "seed a string": (raw_chat(seed='"x"'), "seed"),  # case 32
-    "top_k negative": (raw_chat(top_k="-1"), "top_k"),
+    "top_k negative": (raw_chat(top_k="-2"), "top_k"),
     "stream_options alone": (raw_chat(stream_options="{}"), "stream_options"),
 }
 
@@ -126,11 +126,11 @@ def test_errors_of_a_body_name_the_field(connection: Connection, name: str) -> N
 
 
 UNSUPPORTED = {
-    "n": 3, "logprobs": True, "top_logprobs": 5, "logit_bias": {"9": 1}, "frequency_penalty": 1.0,
+    "logprobs": True, "top_logprobs": 5, "logit_bias": {"9": 1}, "frequency_penalty": 1.0,
     "presence_penalty": 0.5, "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{"name": "f"}],
     "function_call": {"name": "f"}, "response_format": {"type": "json_object"}, "modalities": ["audio"], "audio": {},
     "web_search_options": {}, "reasoning_effort": "low",
-    "verbosity": "high", **dict.fromkeys(sorted(UNSUPPORTED_EXTRAS), 1),
+    "verbosity": "high", "moderation": {}, **dict.fromkeys(sorted(REFUSED_EXTRAS), 7),
 }  # fmt: skip
 
 

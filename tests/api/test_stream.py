@@ -90,7 +90,9 @@ def test_stream_chunks_carry_every_required_key(client: httpx.Client) -> None:
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     for chunk in chunks:
-        assert set(chunk) == {"id", "object", "created", "model", "choices"}
+        assert set(chunk) == {
+            "id", "object", "created", "model", "system_fingerprint", "service_tier", "choices"
+        }  # fmt: skip
         assert [set(choice) for choice in chunk["choices"]] == [{"index", "delta", "logprobs", "finish_reason"}]
         assert chunk["choices"][0]["logprobs"] is None
 
@@ -113,7 +115,13 @@ def test_stream_has_usage_once_when_asked(client: httpx.Client) -> None:
     chunks = sse_chunks(stream(client, "hello", stream_options={"include_usage": True}))
 
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 6,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
 
 
@@ -136,7 +144,7 @@ def test_stream_asks_proxies_not_to_buffer(client: httpx.Client) -> None:
     assert "content-length" not in response.headers
 
 
-@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"temperature": 3}, {"n": 3}, {"stream_options": 5}])
+@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"temperature": 3}, {"n": 129}, {"stream_options": 5}])
 def test_stream_validates_before_the_headers(client: httpx.Client, fields: dict[str, Any]) -> None:
     """Cases 10 and 15."""
     response = client.post(COMPLETIONS, json=chat("a", stream=True, **fields))

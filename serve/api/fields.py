@@ -1,0 +1,63 @@
+"""What becomes of fields that this server does not know or does not implement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
+from serve.api.schemas.wire import Wire
+from serve.errors import InvalidRequest, UnsupportedParameter
+
+MAX_NAMED = 20
+"""Ignored fields that the header names."""
+
+
+def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
+    """Refuse by name what would have to change the answer and does not; return a header that names what is ignored.
+
+    Args:
+        body: The request.
+        strict: Whether unknown fields are errors.
+
+    Raises:
+        UnsupportedParameter: a known field that is not implemented asks for something.
+        InvalidRequest: ``stream_options`` without ``stream``, or an unknown field and ``strict``.
+    """
+    for name, neutral in body.NEUTRAL.items():
+        _refuse(name, getattr(body, name), neutral)
+    extras: Mapping[str, Any] = body.model_extra or {}
+    for name in sorted(REFUSED_EXTRAS.keys() & extras.keys()):
+        _refuse(name, extras[name], REFUSED_EXTRAS[name])
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    if strict:
+        for name in _unknown(body, ""):
+            raise InvalidRequest(f"{name} is no field of this request; leave it out", param=name)
+    return _header(name for name in extras if name not in REFUSED_EXTRAS)
+
+
+def _refuse(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    asks_nothing = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+    if value is not None and not asks_nothing:
+        raise UnsupportedParameter(f"{name} is not supported by this server; leave it out", param=name)
+
+
+def _unknown(value: Any, place: str) -> Iterator[str]:
+    """Paths of the fields that no schema names, in the order in which they came."""
+    if isinstance(value, Wire):
+        for name, inner in value:
+            path = f"{place}.{name}" if place else name
+            if name in (value.model_extra or {}):
+                if place or name not in REFUSED_EXTRAS:
+                    yield path[:200]
+            else:
+                yield from _unknown(inner, path)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            yield from _unknown(inner, f"{place}[{index}]")
+
+
+def _header(names: Iterator[str]) -> dict[str, str]:
+    shown = [name for name in sorted(names) if name.isascii() and name.isprintable() and len(name) <= 64]
+    return {"x-ignored-parameters": ", ".join(shown[:MAX_NAMED])} if shown else {}

@@ -1,0 +1,30 @@
+"""How the wire's values are read: literally, and with the fields that clients of compatible servers add."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+INT64_MAX = 2**63 - 1
+
+
+class Wire(BaseModel):
+    """Types are taken literally: ``"5"`` is no number."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Count an object's entries before each of them is checked and explained."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(cast("dict[Any, Any]", value)) > limit:
+            raise ValueError(f"there may be at most {limit} entries")
+        return cast("Any", value)
+
+    return BeforeValidator(check)
+
+
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+"""Lists stop at their first wrong item: a body with a million of them must not cost a million explanations."""
