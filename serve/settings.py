@@ -67,6 +67,14 @@ class Settings(BaseSettings):
     model_revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face model.")
     model_name: str = Field("", description="The model's id in the API. Default: the id, or the folder's name.")
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
+    fold_messages: bool = Field(
+        False,
+        description="When the chat template refuses them, fold system messages into the user's and join neighbours "
+        "of one role, instead of 400.",
+    )
+    allow_control_tokens: bool = Field(
+        False, description="Obey control tokens such as <|im_end|> that callers write in messages; else they are text."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     engine: EngineName = Field(EngineName.TRANSFORMERS, description="transformers, or echo (no model, for tests).")
     device: Device = Field(Device.AUTO, description="auto: CUDA when there is a usable GPU, else CPU.")

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from serve import checkpoint, weights
+from serve.chat.control import ControlTokens
 from serve.chat.prompt import ChatFormat
-from serve.chat.tokenizer import HubTokenizer
+from serve.chat.tokenizer import HubTokenizer, Tokenizer
 from serve.engine import echo
 from serve.engine.base import ModelFiles
 from serve.errors import ConfigError, ModelLoadError
@@ -64,7 +65,7 @@ class CheckpointOrigin:
         self._source = source
         max_model_len = _max_model_len(settings.max_model_len, checkpoint.context_length(source.config))
         return LoadedTokenizer(
-            chat=ChatFormat(HubTokenizer(source.tokenizer_folder), self._template, max_model_len),
+            chat=_chat_format(settings, HubTokenizer(source.tokenizer_folder), self._template, max_model_len),
             max_model_len=max_model_len,
             default_sampling=checkpoint.default_sampling(source.folder),
         )
@@ -89,6 +90,8 @@ class EchoOrigin:
 
     special_tokens: Mapping[str, str] = MappingProxyType({})
     chat_template = echo.CHAT_TEMPLATE
+    tool_chat_template: str | None = None
+    control: ControlTokens | None = None
     max_chars_per_token: int | None = None
     encode = staticmethod(echo.encode)
     decode = staticmethod(echo.decode)
@@ -106,7 +109,7 @@ class EchoOrigin:
         """Bytes as tokens."""
         settings = self._settings
         return LoadedTokenizer(
-            chat=ChatFormat(self, self._template),
+            chat=_chat_format(settings, self, self._template, None),
             max_model_len=settings.max_model_len or echo.MAX_MODEL_LEN,
         )
 
@@ -123,6 +126,16 @@ class EchoOrigin:
 def choose_origin(settings: Settings) -> ModelOrigin:
     """The origin that fits ``SERVE_ENGINE``."""
     return EchoOrigin(settings) if settings.engine is EngineName.ECHO else CheckpointOrigin(settings)
+
+
+def _chat_format(settings: Settings, tokenizer: Tokenizer, template: str | None, context: int | None) -> ChatFormat:
+    return ChatFormat(
+        tokenizer,
+        template,
+        context,
+        folds_messages=settings.fold_messages,
+        allows_control_tokens=settings.allow_control_tokens,
+    )
 
 
 def _operator_template(path: Path | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve.chat.template import ChatTemplate
+from serve.chat.template import ChatTemplate, Message, fold
 from serve.chat.tokenizer import Tokenizer
 from serve.errors import ContextLengthExceeded, InvalidRequest
 
@@ -20,15 +20,33 @@ class ChatFormat:
         tokenizer: The model's.
         template: Jinja that replaces the model's own template.
         max_model_len: The context in tokens: a text that cannot fit is refused without tokenising it.
+        folds_messages: Try again with folded messages when the template refuses the roles or their order.
+        allows_control_tokens: Control tokens in messages are commands, not text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, max_model_len: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        max_model_len: int | None = None,
+        *,
+        folds_messages: bool = False,
+        allows_control_tokens: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._folds_messages = folds_messages
+        self._control = None if allows_control_tokens else tokenizer.control
         source = template if template is not None else tokenizer.chat_template
-        self._template = ChatTemplate(source, tokenizer.special_tokens) if source is not None else None
+        tool_source = tokenizer.tool_chat_template if template is None else None
+        self._template = ChatTemplate(source, tokenizer.special_tokens, tool_source) if source is not None else None
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of the conversation.  Blocking: call it off the event loop.
 
         Raises:
@@ -37,22 +55,49 @@ class ChatFormat:
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template; the operator can set SERVE_CHAT_TEMPLATE")
-        text = self._template.render(messages)
-        self._refuse_hopeless(text)
+        self._refuse_hopeless(sum(len(message.get("content") or "") for message in messages))
+        if self._control is not None:
+            messages = [self._control.in_message(message) for message in messages]
+            tools, variables = self._control.in_value(tools), self._control.in_value(variables or {})
+        text = self._rendered(self._template, messages, tools, variables or {})
+        self._refuse_hopeless(len(text))
         token_ids = tuple(self.tokenizer.encode(text))
         if not token_ids:
             raise InvalidRequest("messages give an empty prompt after the chat template; add text", param="messages")
+        return self._with_one_bos(token_ids)
+
+    def _rendered(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+    ) -> str:
+        try:
+            return template.render(messages, tools, variables)
+        except InvalidRequest as error:
+            folded = fold(messages) if self._folds_messages and error.__cause__ is not None else messages
+            if len(folded) == len(messages):
+                raise
+            return template.render(folded, tools, variables)
+
+    def _with_one_bos(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Some templates write the token that begins a text, and begin with ``bos_token`` besides."""
+        bos = self.tokenizer.special_tokens.get("bos_token")
+        bos_id = self.tokenizer.token_id(bos) if bos else None
+        while bos_id is not None and token_ids[:2] == (bos_id, bos_id):
+            token_ids = token_ids[1:]
         return token_ids
 
-    def _refuse_hopeless(self, text: str) -> None:
+    def _refuse_hopeless(self, num_chars: int) -> None:
         """Tokenising 8 MiB takes seconds, and two such prompts would keep everybody else's waiting."""
         context = self._max_model_len
-        if context is None or len(text) <= context * USUAL_CHARS_PER_TOKEN:
+        if context is None or num_chars <= context * USUAL_CHARS_PER_TOKEN:
             return
         longest = self.tokenizer.max_chars_per_token
-        if longest is not None and len(text) > context * longest:
+        if longest is not None and num_chars > context * longest:
             raise ContextLengthExceeded(
-                f"this model's context is {context} tokens, but the prompt has {len(text)} characters, "
+                f"this model's context is {context} tokens, but the prompt has {num_chars} characters, "
                 f"more than {context * longest}, which cannot fit; shorten the messages",
                 param="messages",
             )

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from serve.chat.control import ControlTokens
 from serve.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
 
 MAX_SHRINKING = 4
 """Normalisers shorten a text and some tokenisers drop spaces; more than this happens only to contrived texts."""
+
+MARK = re.compile(r"[<\[].*[>\]]")
+"""An added token like this commands the model (``<think>``), whether or not it is declared special."""
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -36,12 +41,22 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def tool_chat_template(self) -> str | None:
+        """Its template for requests with tools, where that is another one."""
+        ...
+
+    @property
+    def control(self) -> ControlTokens | None:
+        """Separates control tokens in texts, so that :meth:`encode` reads them as text."""
+        ...
+
+    @property
     def max_chars_per_token(self) -> int | None:
         """A text with more characters for each token than this does not exist; None: unknown."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such, none is added."""
+        """Token ids; special tokens in the text count as such unless :attr:`control` separated them; none is added."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -67,7 +82,10 @@ class HubTokenizer:
         self._rust.no_padding()
         self._max_chars_per_token: int | None = None
         self.special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-        self.chat_template = _chat_template(folder, config)
+        templates = _chat_templates(folder, config)
+        self.chat_template, self.tool_chat_template = templates.get("default"), templates.get("tool_use")
+        self.control = _control_tokens(self._rust)
+        self._separator_id = self._rust.token_to_id(self.control.separator)
 
     @property
     def max_chars_per_token(self) -> int | None:
@@ -81,9 +99,12 @@ class HubTokenizer:
         return self._max_chars_per_token
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such, none is added."""
+        """Token ids; special tokens in the text count as such unless ``control`` separated them; none is added."""
         # The batch call releases the GIL, so that a long prompt does not stop the event loop.
-        return self._rust.encode_batch([text], add_special_tokens=False)[0].ids
+        token_ids: list[int] = self._rust.encode_batch([text], add_special_tokens=False)[0].ids
+        if self.control.separator in text:
+            return [token_id for token_id in token_ids if token_id != self._separator_id]
+        return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, special tokens left out."""
@@ -143,12 +164,24 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The model's templates by name; ``default`` and ``tool_use`` are the usual names."""
     template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", template)}
-        return named.get("default")
-    return cast("str | None", template)
+    if isinstance(template, list):
+        templates = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", template)}
+    else:
+        templates = {"default": cast("str", template)} if template is not None else {}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+
+
+def _control_tokens(rust: Any) -> ControlTokens:
+    """The tokenizer's control tokens; it learns their separator."""
+    from tokenizers import AddedToken  # noqa: PLC0415
+
+    added = list(rust.get_added_tokens_decoder().values())
+    special = [token.content for token in added if token.special]
+    control = ControlTokens(special, [token.content for token in added if MARK.fullmatch(token.content)])
+    rust.add_special_tokens([AddedToken(control.separator, special=True, normalized=False)])
+    return control
