@@ -149,13 +149,18 @@ _METHODS: dict[str, _Method] = {
 }
 
 
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether the weights are stored in fewer bits, which only some devices can use."""
+    return isinstance(_quantization(config), dict)
+
+
 def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
     """Refuse a quantised checkpoint whose package is missing or that ``device_type`` (cuda, cpu) cannot run.
 
     Raises:
         ModelLoadError: names the method, what it needs, and the alternative.
     """
-    quantization = config.get("quantization_config") or _text_config(config).get("quantization_config")
+    quantization = _quantization(config)
     if not isinstance(quantization, dict):
         return
     settings = cast("dict[str, Any]", quantization)
@@ -179,6 +184,10 @@ def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
             f"The checkpoint is quantised with {name}, which needs {' and '.join(missing)}. "
             f"Run: pip install {packages}, {other}."
         )
+
+
+def _quantization(config: Mapping[str, Any]) -> Any:
+    return config.get("quantization_config") or _text_config(config).get("quantization_config")
 
 
 def _is_installed(module: str) -> bool:

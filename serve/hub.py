@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,14 @@ def fetch(model: str, revision: str | None, names: Sequence[str]) -> Path:
         return _download(model, revision, names)
     except Exception as error:
         raise _explain(model, revision, error) from error
+
+
+def close_connections() -> None:
+    """Close what huggingface_hub keeps open for its next question; that one opens its own."""
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import close_session  # noqa: PLC0415
+
+        close_session()
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str], local_files_only: bool = False) -> Path:

@@ -2,24 +2,27 @@
 
 The HTTP port opens first.  A thread then brings the tokenizer (requests can be validated), the weights and the
 engine (requests that waited begin to run).
+
+Where a platform snapshots the process's memory, loading has two stages instead: :meth:`Lifecycle.prepare` before the
+snapshot, :meth:`Lifecycle.restored` after it, and only then the port.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any
 
-from serve.engine.base import Engine, TokenStream
+from serve.cold_start import ColdStart, without_garbage_collection
+from serve.engine.base import Engine, ModelFiles, TokenStream
 from serve.errors import ConfigError, EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
-from serve.observe import process_age_s
 from serve.settings import Settings
 from serve.source import LoadedTokenizer, ModelOrigin
 from serve.types import GenerationRequest
@@ -39,20 +42,9 @@ class State(StrEnum):
     DEAD = "dead"
 
 
-@contextmanager
-def _without_garbage_collection() -> Generator[None]:
-    """Collections during the imports stop the event loop for up to 100 ms each, and find next to nothing.
-
-    What was loaded is then left out of all later collections, which makes these short.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
+def _held(settings: Settings) -> tuple[object, ...]:
+    """What a snapshot was made from."""
+    return settings.model, settings.model_revision, settings.chat_template, settings.engine, settings.engine_config()
 
 
 class Lifecycle:
@@ -68,15 +60,16 @@ class Lifecycle:
         self.engine = engine
         self.state = State.LOADING
         self.failure: ServeError | None = None
-        self.phases: dict[str, float] = {"process_start": process_age_s()}
-        self.current_phase: str | None = None
         self.started_at = time.time()
         self.is_drained = False
         self._is_closed = False
         self._settings = settings
         self._origin = origin
-        self._began = time.perf_counter()
+        self._cold_start = ColdStart()
         self._tokenizer: LoadedTokenizer | None = None
+        self._files: ModelFiles | None = None
+        self._is_loaded = False
+        self._is_started = False
         self._tokenizer_known = asyncio.Event()
         self._renderers = ThreadPoolExecutor(2, thread_name_prefix="chat")
         self._num_rendering = 0
@@ -89,8 +82,12 @@ class Lifecycle:
         Raises:
             RuntimeError: it was started before: an app serves once.
         """
-        if self._thread is not None:
+        if self._is_started:
             raise RuntimeError("this app was started before; make another with create_app()")
+        self._is_started = True
+        if self._is_loaded:
+            self._loaded()
+            return
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._load, args=(loop,), name="loader", daemon=True)
         self._thread.start()
@@ -99,29 +96,68 @@ class Lifecycle:
         """Call ``callback`` when the model cannot be served (any more)."""
         self._on_failure.append(callback)
 
-    @contextmanager
-    def phase(self, name: str) -> Generator[None]:
-        """Time one part of the cold start."""
-        self.current_phase, began = name, time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - began
-            self.phases[name] = round(seconds, 4)
-            self.current_phase = None
-            logger.info("Phase %s: %.2f s", name, seconds, extra={"phase": name, "seconds": round(seconds, 4)})
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Seconds of each part of the cold start so far."""
+        return self._cold_start.phases
+
+    @property
+    def current_phase(self) -> str | None:
+        """What the loading is busy with."""
+        return self._cold_start.current
+
+    # Around a memory snapshot: both block, in one thread, before any event loop runs.
+
+    def prepare(self) -> None:
+        """Bring what a snapshot may hold: imports, tokenizer, weights in main memory.
+
+        Leaves no thread, no connection, no open or mapped file of the model, and has not asked for a GPU.
+
+        Raises:
+            ServeError: the model cannot be served.
+        """
+        with without_garbage_collection():
+            self._files = self._find(self._tokenizer_loaded)
+            self.engine.prepare(self._files, self._cold_start.phase)
+
+    def restored(self, settings: Settings) -> None:
+        """Bring the rest: device, weights onto it, a random state of its own, warm-up.
+
+        Brings everything when :meth:`prepare` was not called.
+
+        Args:
+            settings: Read again after the restore: keys may have changed since the snapshot.
+
+        Raises:
+            ConfigError: the settings name another model or engine than the snapshot holds.
+            ServeError: the model cannot be served.
+        """
+        if self._files is not None:
+            if _held(settings) != _held(self._settings):
+                raise ConfigError("the settings name another model or engine than the snapshot holds; deploy again")
+            self._cold_start.restored()
+            self.started_at = time.time()
+            random.seed()
+        self._settings = settings
+        with without_garbage_collection():
+            files = self._files or self._find(self._tokenizer_loaded)
+            self.engine.load(files, self._cold_start.phase)
+        self._is_loaded = True
+
+    def _find(self, announce: Callable[[LoadedTokenizer], object]) -> ModelFiles:
+        with self._cold_start.phase("tokenizer"):
+            tokenizer = self._origin.load_tokenizer()
+        announce(tokenizer)
+        with self._cold_start.phase("fetch"):
+            return self._origin.fetch(tokenizer)
 
     # In the loader's thread.
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            with _without_garbage_collection():
-                with self.phase("tokenizer"):
-                    tokenizer = self._origin.load_tokenizer()
-                loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer)
-                with self.phase("fetch"):
-                    files = self._origin.fetch(tokenizer)
-                self.engine.load(files, self.phase)
+            with without_garbage_collection():
+                files = self._find(lambda tokenizer: loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer))
+                self.engine.load(files, self._cold_start.phase)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
@@ -144,11 +180,11 @@ class Lifecycle:
     def _loaded(self) -> None:
         if self._is_closed:  # too late: nobody would stop an engine that starts now
             return
-        self.phases["total"] = round(time.perf_counter() - self._began + self.phases["process_start"], 4)
+        total = self._cold_start.end()
         self.engine.start(self._fail)
         if self.state is State.LOADING:
             self.state = State.READY
-            logger.info("Ready after %.2f s", self.phases["total"], extra={"phases": dict(self.phases)})
+            logger.info("Ready after %.2f s", total, extra={"phases": dict(self.phases)})
 
     def _fail(self, error: ServeError) -> None:
         self.state, self.failure = State.DEAD, error

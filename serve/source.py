@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from serve import checkpoint, weights
+from serve import checkpoint, hub, weights
 from serve.chat.control import ControlTokens
 from serve.chat.prompt import ChatFormat
 from serve.chat.tokenizer import HubTokenizer, Tokenizer
@@ -75,6 +75,7 @@ class CheckpointOrigin:
         if self._source is None:
             raise RuntimeError("load_tokenizer() must come before fetch()")
         source = weights.fetch_weights(self._source)
+        hub.close_connections()
         eos_token_ids = checkpoint.eos_token_ids(source.folder, source.config) | _own_eos(tokenizer.chat)
         return ModelFiles(
             folder=source.folder,

@@ -78,10 +78,13 @@ class Loaded:
 
 
 class Ready:
-    """A loaded runner whose ``load`` does nothing."""
+    """A loaded runner whose ``prepare`` and ``load`` do nothing."""
 
     def __init__(self, runner: TransformersRunner) -> None:
         self.num_slots, self.max_model_len, self.step = runner.num_slots, runner.max_model_len, runner.step
+
+    def prepare(self, files: ModelFiles, phase: Any) -> None:
+        pass
 
     def load(self, files: ModelFiles, phase: Any) -> None:
         pass

@@ -46,18 +46,34 @@ class _App(FastAPI):
         return super().openapi()
 
 
-def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
+def create_lifecycle(settings: Settings, engine: Engine | None = None) -> Lifecycle:
+    """The model's life, not yet begun, for those who load it in two stages around a memory snapshot.
+
+    Args:
+        settings: The container's.
+        engine: Replaces the one that the settings name.
+
+    Raises:
+        ConfigError: the model's name is malformed, or the chat template cannot be read.
+    """
+    return Lifecycle(settings, engine or create_engine(settings), choose_origin(settings))
+
+
+def create_app(
+    settings: Settings | None = None, engine: Engine | None = None, lifecycle: Lifecycle | None = None
+) -> FastAPI:
     """An app that loads its model when it starts.
 
     Args:
         settings: The environment's, if left out.
         engine: Replaces the one that the settings name.
+        lifecycle: One that is loaded already (:meth:`Lifecycle.restored`), with these settings.
 
     Raises:
         ConfigError: the environment is wrong.
     """
     settings = settings or load_settings()
-    lifecycle = Lifecycle(settings, engine or create_engine(settings), choose_origin(settings))
+    lifecycle = lifecycle or create_lifecycle(settings, engine)
     keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
     app = _App(
         title="Trimaran",

@@ -109,12 +109,22 @@ class TokenStream:
 class Engine(Protocol):
     """What ``serve.lifecycle`` and ``serve.api`` may ask of an engine.
 
-    ``load`` runs in a thread of its own; every other method is called on the event loop.
+    ``prepare`` and ``load`` block and run in one thread; every other method is called on the event loop.
     """
 
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and completion together; ``None`` before ``load``."""
+        ...
+
+    def prepare(self, files: ModelFiles, phase: Phase) -> None:
+        """What of ``load`` can be done before a memory snapshot is taken: imports, and weights in main memory.
+
+        Optional; ``load`` goes on from there.  Touches no GPU, leaves no file open or mapped and no thread behind.
+
+        Raises:
+            ModelLoadError: with the reason and the remedy.
+        """
         ...
 
     def load(self, files: ModelFiles, phase: Phase) -> None:
@@ -165,6 +175,10 @@ class Runner(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens that fit in one slot, known after ``load``."""
+        ...
+
+    def prepare(self, files: ModelFiles, phase: Phase) -> None:
+        """As :meth:`Engine.prepare`."""
         ...
 
     def load(self, files: ModelFiles, phase: Phase) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -46,6 +48,23 @@ def preload_torch() -> None:
         dlopen.restype = ctypes.c_void_p
         dlopen.argtypes = [ctypes.c_char_p, ctypes.c_int]
         dlopen(str(library).encode(), os.RTLD_NOW)
+
+
+@contextmanager
+def without_cuda() -> Generator[None]:
+    """Libraries that ask torch for GPUs hear of none.
+
+    Asked without a GPU, CUDA's driver would remember the answer, and the process that a snapshot is restored into
+    would never see its GPU.
+    """
+    import torch  # noqa: PLC0415
+
+    is_available, device_count = torch.cuda.is_available, torch.cuda.device_count
+    torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+    try:
+        yield
+    finally:
+        torch.cuda.is_available, torch.cuda.device_count = is_available, device_count
 
 
 def choose_device(requested: str) -> Choice[torch.device]:

@@ -38,6 +38,10 @@ class EchoRunner:
         self._step_s = step_s
         self._load_s = load_s
 
+    def prepare(self, files: ModelFiles, phase: Phase) -> None:
+        """There are no weights."""
+        del files, phase
+
     def load(self, files: ModelFiles, phase: Phase) -> None:
         """Sleep for ``load_s``."""
         del files

@@ -13,6 +13,7 @@ import torch
 from serve import checkpoint
 from serve.engine import attention
 from serve.engine.base import EngineConfig, ModelFiles
+from serve.engine.device import choose_dtype, without_cuda
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Batch, Scheduler
 from serve.errors import ModelLoadError
@@ -47,30 +48,28 @@ def checkpoint_dtype(config: dict[str, Any]) -> str | None:
     return config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
 
 
-def load_model(files: ModelFiles, dtype: torch.dtype, device: torch.device, config: EngineConfig) -> Any:
+def load_model(
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, config: EngineConfig, prepared: Any = None
+) -> Any:
     """The model in evaluation mode on its device, its LoRA adapter merged.
+
+    Args:
+        files: The model's.
+        dtype: Of its weights.
+        device: Where it will run.
+        config: The engine's.
+        prepared: What :func:`load_detached` gave for the same files, if it was called.
 
     Raises:
         ModelLoadError: transformers refuses the files, or the device has too little memory.
     """
-    import transformers  # noqa: PLC0415
-
-    auto: Any = transformers.AutoModelForCausalLM
     raw = read_config(files.folder)
     checkpoint.check_architecture(raw, config.trust_remote_code)
     checkpoint.check_quantization(raw, device.type)
     try:
-        model = auto.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if files.adapter is not None:
-            from serve.adapters import merge_adapter  # noqa: PLC0415
-
-            model = cast("Any", merge_adapter(model, files.adapter))
+        model = _cast(prepared, dtype) if prepared is not None else None
+        if model is None:
+            model = _read_model(files, dtype, config)
         return model.to(device).eval()
     except ModelLoadError:
         raise
@@ -78,6 +77,73 @@ def load_model(files: ModelFiles, dtype: torch.dtype, device: torch.device, conf
         raise ModelLoadError(f"the weights do not fit on {device}: {_first_line(error)}") from error
     except Exception as error:
         raise ModelLoadError(f"transformers cannot load {files.folder.name}: {_first_line(error)}") from error
+
+
+def load_detached(files: ModelFiles, config: EngineConfig) -> Any:
+    """The model in main memory, for a memory snapshot: no file stays mapped, and no GPU is asked for.
+
+    Its weights keep the checkpoint's number format where the device, which is not known yet, decides about it.
+    None for a quantised checkpoint: how that is read depends on the device.
+
+    Raises:
+        ModelLoadError: transformers refuses the files.
+    """
+    raw = read_config(files.folder)
+    checkpoint.check_architecture(raw, config.trust_remote_code)
+    if checkpoint.is_quantized(raw):
+        return None
+    own = checkpoint_dtype(raw)
+    if config.dtype != "auto" or config.device == "cpu" or own is None:
+        dtype = choose_dtype(config.dtype, torch.device("cpu"), own).value
+    else:
+        dtype = getattr(torch, own)
+    try:
+        with without_cuda():
+            model = _read_model(files, dtype, config)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # transformers' own is a view of the mapped file
+        return model.eval()
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"transformers cannot load {files.folder.name}: {_first_line(error)}") from error
+
+
+def _read_model(files: ModelFiles, dtype: torch.dtype, config: EngineConfig) -> Any:
+    import transformers  # noqa: PLC0415
+
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
+        files.folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if files.adapter is not None:
+        from serve.adapters import merge_adapter  # noqa: PLC0415
+
+        model = cast("Any", merge_adapter(model, files.adapter))
+    return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """``model`` in ``dtype``, as if it had been read so; None when only reading it again gives that.
+
+    What is not in the checkpoint, such as RoPE's frequencies, keeps its format.
+    """
+    own: torch.dtype = model.dtype
+    if own == dtype:
+        return model
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        logger.info("The weights are read again: some layers of %s have a format of their own", type(model).__name__)
+        return None
+    saved = set(model.state_dict())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in saved and tensor.dtype == own:
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def probe(model: Any, max_model_len: int) -> KVCache:

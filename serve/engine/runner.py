@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import secrets
@@ -47,23 +48,36 @@ class TransformersRunner:
         self.max_model_len = 0
         self._threads = choose_threads(config.num_threads)
         self._threads_set_for: int | None = None
+        self._prepared: Any = None
 
-    def load(self, files: ModelFiles, phase: Phase) -> None:
-        """Import torch, load the weights, prove the model on a probe, size the cache, warm up.
+    def prepare(self, files: ModelFiles, phase: Phase) -> None:
+        """Import torch and bring the weights into main memory, for a memory snapshot.
 
         Raises:
             ModelLoadError: with the reason and the remedy.
         """
-        with phase("import_torch"):
-            # Spinning OpenMP threads starve the event loop and each other on shared cores; read when torch is imported.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            preload_torch()
-            import torch  # noqa: PLC0415
-        with phase("import_transformers"):
-            from serve.engine import loader  # noqa: PLC0415
-            from serve.engine.sampler import Sampler  # noqa: PLC0415
+        self._import(phase)
+        import torch  # noqa: PLC0415
 
-            loader.import_transformers()
+        from serve.engine import loader  # noqa: PLC0415
+
+        self._use_threads()
+        with phase("weights"), torch.inference_mode():
+            self._prepared = loader.load_detached(files, self._config)
+
+    def load(self, files: ModelFiles, phase: Phase) -> None:
+        """Load the weights, prove the model on a probe, size the cache, warm up.
+
+        Raises:
+            ModelLoadError: with the reason and the remedy.
+        """
+        if self._prepared is None:
+            self._import(phase)
+        import torch  # noqa: PLC0415
+
+        from serve.engine import loader  # noqa: PLC0415
+        from serve.engine.sampler import Sampler  # noqa: PLC0415
+
         self._device = choose_device(self._config.device)
         checkpoint = loader.checkpoint_dtype(loader.read_config(files.folder))
         self._dtype = choose_dtype(self._config.dtype, self._device.value, checkpoint)
@@ -72,14 +86,28 @@ class TransformersRunner:
         logger.info("Threads: %d (%s)", self._threads.value, self._threads.reason)
         self._use_threads()
         with phase("weights"), torch.inference_mode():
-            self._model = loader.load_model(files, self._dtype.value, self._device.value, self._config)
+            prepared, self._prepared = self._prepared, None
+            self._model = loader.load_model(files, self._dtype.value, self._device.value, self._config, prepared)
         with phase("probe"), torch.inference_mode():
             seen = loader.probe(self._model, files.max_model_len)
         with phase("kv_cache"):
             self._make_cache(seen, files.max_model_len)
+        # Containers that are restored from one snapshot would otherwise draw the same.
+        torch.manual_seed(secrets.randbits(63))  # pyright: ignore[reportUnknownMemberType]
         self._sampler = Sampler(self._device.value, secrets.randbits(63))
         with phase("warm_up"):
             self._warm_up()
+
+    def _import(self, phase: Phase) -> None:
+        with phase("import_torch"):
+            # Spinning OpenMP threads starve the event loop and each other on shared cores; read when torch is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            preload_torch()
+            importlib.import_module("torch")
+        with phase("import_transformers"):
+            from serve.engine import loader  # noqa: PLC0415
+
+            loader.import_transformers()
 
     def _make_cache(self, seen: KVCache, model_len: int) -> None:
         """Allocate all layers at once, so that a shortage shows here and not at somebody's request."""

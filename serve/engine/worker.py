@@ -72,6 +72,10 @@ class StepEngine:
         """Tokens of prompt and completion together; ``None`` before ``load``."""
         return self._runner.max_model_len if self._files else None
 
+    def prepare(self, files: ModelFiles, phase: Phase) -> None:
+        """What can be done before a memory snapshot; blocking."""
+        self._runner.prepare(files, phase)
+
     def load(self, files: ModelFiles, phase: Phase) -> None:
         """Bring the model up; blocking, in the loader's thread."""
         self._runner.load(files, phase)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from serve.api.app import create_app, create_lifecycle
 from serve.engine.base import EngineConfig
 from serve.engine.echo import EchoEngine, EchoRunner
 from serve.engine.worker import StepEngine
@@ -162,3 +163,28 @@ async def test_step_without_memory_gives_up_the_newest_prompts_and_goes_on():
 def test_wrong_settings_are_refused_before_the_port_is_bound(values):
     with pytest.raises(ConfigError):
         choose_origin(Settings(_env_file=None, **values))  # pyright: ignore[reportCallIssue]
+
+
+async def test_life_that_was_restored_is_ready_at_once_and_has_the_settings_of_now():
+    lifecycle = create_lifecycle(settings(max_queue=2))
+    lifecycle.prepare()
+    for other in (settings(model="owner/other"), settings(max_batch_size=3)):
+        with pytest.raises(ConfigError, match="deploy again"):
+            lifecycle.restored(other)
+    now = settings(max_queue=2, api_keys="changed")
+    lifecycle.restored(now)
+    assert create_app(now, lifecycle=lifecycle).state.lifecycle is lifecycle
+    lifecycle.start()
+    assert lifecycle.state is State.READY
+    assert {"prepare_tokenizer", "weights", "total"} <= lifecycle.phases.keys()
+    assert (await finished(lifecycle.submit(request(), 0.0)))[0] == "hi"
+    await lifecycle.close()
+
+
+async def test_restored_without_a_snapshot_loads_everything():
+    lifecycle = create_lifecycle(settings())
+    lifecycle.restored(settings(api_keys="other"))
+    lifecycle.start()
+    assert lifecycle.state is State.READY
+    assert not any(name.startswith("prepare") for name in lifecycle.phases)
+    await lifecycle.close()
