@@ -217,10 +217,18 @@ class Lifecycle:
         if self.state is State.DRAINING:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after=RETRY_AFTER_DRAINING_S)
 
-    async def prompt(self, messages: Sequence[Mapping[str, Any]], received_at: float) -> tuple[int, ...]:
+    async def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        received_at: float,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Render and tokenise off the event loop, after waiting for the tokenizer if need be.
 
         ``received_at`` is when the request came, in seconds of :func:`time.perf_counter`.
+        ``variables`` are switches of the chat template.
 
         Raises:
             EngineNotReady: the tokenizer did not come within ``SERVE_LOAD_WAIT_S``.
@@ -239,7 +247,7 @@ class Lifecycle:
             if self._tokenizer is None:
                 raise self._not_ready()
             render = self._tokenizer.chat.prompt
-            return await asyncio.get_running_loop().run_in_executor(self._renderers, render, messages)
+            return await asyncio.get_running_loop().run_in_executor(self._renderers, render, messages, tools, variables)
         finally:
             self._num_rendering -= 1
 

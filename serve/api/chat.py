@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_shape import ChatAnswer, ChatShape, Heading
-from serve.api.conversation import to_messages
+from serve.api.conversation import template_variables, to_messages
 from serve.api.fields import check_fields
 from serve.api.generation import Choices, fold_unless_gone, submit
 from serve.api.middleware import CLIENT_CLOSED
@@ -70,7 +70,8 @@ async def start_chat(body: ChatCompletionRequest, lifecycle: Lifecycle, record: 
         CapacityError: the queue is full, the model is not there yet, or the server is draining.
         EngineError: the model cannot be served.
     """
-    prompt = await lifecycle.prompt(to_messages(body.messages), record.received_at)
+    variables = template_variables(body.chat_template_kwargs)
+    prompt = await lifecycle.prompt(to_messages(body.messages), record.received_at, variables=variables)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     check_room(len(prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)

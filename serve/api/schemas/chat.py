@@ -23,24 +23,49 @@ class TextPart(Wire):
     text: str
 
 
+class RefusalPart(Wire):
+    """An assistant's words when it declined, as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class OtherPart(Wire):
     """Any other piece, refused by name after validation."""
 
-    type: Literal["image_url", "input_audio", "file", "refusal", "video_url", "audio_url"]
+    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
 
 
-Part = Annotated[TextPart | OtherPart, Field(discriminator="type")]
+Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
+
+
+class FunctionCall(Wire):
+    """Which function is called; ``arguments`` is JSON in a string, as the model wrote it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+
+
+class ToolCall(Wire):
+    """A call that the assistant made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class Message(Wire):
-    """One message of the conversation."""
+    """One message of the conversation.  ``reasoning_content`` and ``reasoning`` are an assistant's earlier thoughts."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Objects | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -74,6 +99,9 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: Annotated[int | None, Field(ge=1, description="Null: all that fits.")] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Deprecated by OpenAI; max_completion_tokens wins.")] = (
         None
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Switches of the model's chat template, such as enable_thinking; never a template."
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
