@@ -104,4 +104,4 @@ def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
         if not (is_short or value is None or isinstance(value, bool | int | float)):
             kinds = f"a string of at most {MAX_VARIABLE_CHARS} characters, a number, a boolean or null"
             raise InvalidRequest(f"{where}: the value must be {kinds}, not {show(value)}", param=where)
-    return dict(given)
+    return dict(given or {})
