@@ -14,12 +14,13 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import StrEnum
-from typing import Any
+from typing import TypeVar
 
+from serve.chat.prompt import ChatFormat
 from serve.cold_start import ColdStart, without_garbage_collection
 from serve.engine.base import Engine, ModelFiles, TokenStream
 from serve.errors import ConfigError, EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
@@ -28,6 +29,8 @@ from serve.source import LoadedTokenizer, ModelOrigin
 from serve.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RETRY_AFTER_LOADING_S = 5.0
 RETRY_AFTER_DRAINING_S = 10.0
@@ -217,23 +220,15 @@ class Lifecycle:
         if self.state is State.DRAINING:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after=RETRY_AFTER_DRAINING_S)
 
-    async def prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        received_at: float,
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-    ) -> tuple[int, ...]:
-        """Render and tokenise off the event loop, after waiting for the tokenizer if need be.
+    async def read(self, work: Callable[[ChatFormat], T], received_at: float) -> T:
+        """Render, tokenise or the reverse: call ``work`` off the event loop, once the tokenizer is there.
 
         ``received_at`` is when the request came, in seconds of :func:`time.perf_counter`.
-        ``variables`` are switches of the chat template.
 
         Raises:
             EngineNotReady: the tokenizer did not come within ``SERVE_LOAD_WAIT_S``.
-            QueueFull: too many prompts are being rendered already.
-            InvalidRequest: the template refuses the messages.
+            QueueFull: too much is being rendered already.
+            RequestError: whatever ``work`` refuses.
         """
         self.check_admission()
         if self._num_rendering >= self._settings.max_queue + self.engine.stats().num_slots:
@@ -246,8 +241,7 @@ class Lifecycle:
                 self.check_admission()
             if self._tokenizer is None:
                 raise self._not_ready()
-            render = self._tokenizer.chat.prompt
-            return await asyncio.get_running_loop().run_in_executor(self._renderers, render, messages, tools, variables)
+            return await asyncio.get_running_loop().run_in_executor(self._renderers, work, self._tokenizer.chat)
         finally:
             self._num_rendering -= 1
 

@@ -71,7 +71,8 @@ async def start_chat(body: ChatCompletionRequest, lifecycle: Lifecycle, record: 
         EngineError: the model cannot be served.
     """
     variables = template_variables(body.chat_template_kwargs)
-    prompt = await lifecycle.prompt(to_messages(body.messages), record.received_at, variables=variables)
+    messages = to_messages(body.messages)
+    prompt = await lifecycle.read(lambda chat: chat.prompt(messages, variables=variables), record.received_at)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     check_room(len(prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)

@@ -53,7 +53,8 @@ async def test_requests_that_wait_for_the_tokenizer_are_bounded_and_end_with_the
     origin = SlowOrigin(settings(max_queue=2))
     lifecycle = Lifecycle(settings(max_queue=2), EchoEngine(), origin)
     lifecycle.start()
-    asked = [asyncio.create_task(lifecycle.prompt(MESSAGES, time.perf_counter())) for _ in range(5)]
+    reads = [lifecycle.read(lambda chat: chat.prompt(MESSAGES), time.perf_counter()) for _ in range(5)]
+    asked = [asyncio.create_task(read) for read in reads]
     await asyncio.sleep(0.05)
     assert sum(task.done() for task in asked) == 3
     await lifecycle.drain(0.0)
