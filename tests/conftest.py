@@ -7,10 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "engine", "api", "platforms", "browser")
 FOREIGN = ("SERVE_", "TRIMARAN_", "HF_", "MODAL_", "RUNPOD_")
+
+# As the server sets it: OpenMP threads that spin while they wait starve each other on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# How long an example takes is the machine's affair: a timing is never a test.
+settings.register_profile("trimaran", deadline=None)
+settings.load_profile("trimaran")
 
 sys.path.insert(0, str(TESTS))  # for `import support`
 

@@ -88,6 +88,11 @@ class TransformersRunner:
         with phase("weights"), torch.inference_mode():
             prepared, self._prepared = self._prepared, None
             self._model = loader.load_model(files, self._dtype.value, self._device.value, self._config, prepared)
+        if self._device.value.type == "cpu":
+            from serve.engine import linear  # noqa: PLC0415
+
+            with phase("pack"), torch.inference_mode():
+                linear.pack(self._model)
         with phase("probe"), torch.inference_mode():
             seen = loader.probe(self._model, files.max_model_len)
         with phase("kv_cache"):

@@ -29,6 +29,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/runner.py": {"asyncio"},
     "serve/engine/loader.py": {"asyncio"},
     "serve/engine/kv_cache.py": {"asyncio", "threading"},
+    "serve/engine/linear.py": {"asyncio", "threading"},
     "serve/engine/attention.py": {"asyncio", "threading"},
     "serve/engine/sampler.py": {"asyncio", "threading"},
     "serve/engine/device.py": {"asyncio", "threading"},
@@ -42,6 +43,7 @@ LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub"}
 LAZY_EXEMPT = {
     "serve/engine/attention.py",
     "serve/engine/kv_cache.py",
+    "serve/engine/linear.py",
     "serve/engine/loader.py",
     "serve/engine/sampler.py",
     "trimaran/gguf_convert.py",

@@ -1,0 +1,122 @@
+"""Linear layers on the CPU, their weights reordered once into the layout that oneDNN computes in.
+
+Without it oneDNN reorders each weight again in every call, which costs more than a decode step's arithmetic.  The two
+operators are torch's own, but private (torch.compile's freezing uses them): they are tried on a small case first, and
+the model's logits are compared before and after.  Where anything differs the model stays as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from serve.engine.device import available_memory
+
+logger = logging.getLogger(__name__)
+
+ROWS_HINT = 8
+"""For how many rows oneDNN chooses the layout; other counts run as well, at much the same speed."""
+
+MEMORY_SHARE = 0.4
+"""Of the free memory; the KV cache wants the rest.  The packed weights are a second copy until the first is dropped."""
+
+PACKABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+TOLERANCE = 0.1
+"""Of the spread of the logits.  Other kernels round bfloat16 sums differently; a wrong layout is off by the spread."""
+
+
+class PackedLinear(nn.Module):
+    """Computes what ``linear`` computes.  It has no ``weight``: nothing may read the packed numbers as a matrix."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = _reorder(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return _apply(x, self._packed, self.bias)
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    operators: Any = torch.ops.mkldnn
+    return operators._reorder_linear_weight(weight, ROWS_HINT)
+
+
+def _apply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    operators: Any = torch.ops.mkldnn
+    return operators._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def is_usable(dtype: torch.dtype) -> bool:
+    """Whether this torch has the private operators and they agree with :func:`torch.nn.functional.linear`."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(64, 32, generator=generator).to(dtype)
+        x = torch.randn(4, 32, generator=generator).to(dtype)
+        got = _apply(x, _reorder(weight), None)
+        return torch.allclose(got.float(), functional.linear(x, weight).float(), atol=0.1, rtol=0.02)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def pack(model: nn.Module) -> int:
+    """Pack every plain :class:`torch.nn.Linear` of a model on the CPU, in place, its own attention still chosen.
+
+    Returns:
+        How many layers were packed; 0 where it is not possible, not correct or too large, with the reason logged.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.dtype in PACKABLE
+    ]
+    size = sum(child.weight.nbytes for _, _, child in found)
+    obstacle = _obstacle(size, {child.weight.dtype for _, _, child in found})
+    if obstacle is None:
+        expected = _logits(model)
+        for parent, name, child in found:
+            setattr(parent, name, PackedLinear(child))
+        obstacle = _difference(model, expected)
+        if obstacle is not None:
+            for parent, name, child in found:
+                setattr(parent, name, child)
+    if obstacle is not None:
+        logger.info("Linear layers: as they are (%s)", obstacle)
+        return 0
+    logger.info("Linear layers: %d packed for this CPU, %d MiB", len(found), size >> 20)
+    return len(found)
+
+
+def _obstacle(size: int, dtypes: set[torch.dtype]) -> str | None:
+    if not dtypes:
+        return "none that can be packed"
+    free = available_memory(torch.device("cpu"))
+    if size > MEMORY_SHARE * free:
+        return f"a second copy of {size >> 20} MiB would leave too little of the {free >> 20} MiB that are free"
+    if not all(is_usable(dtype) for dtype in dtypes):
+        return "this torch or CPU has no packed operators"
+    return None
+
+
+def _difference(model: nn.Module, expected: Tensor) -> str | None:
+    try:
+        off = float((_logits(model) - expected).abs().max() / expected.std())
+    except (AttributeError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None if off <= TOLERANCE else f"packed, its logits are off by {off:.2g} of their spread"
+
+
+def _logits(model: nn.Module) -> Tensor:
+    config: Any = model.config
+    vocab_size: int = config.get_text_config().vocab_size
+    token_ids = torch.arange(3, 15)[None] % vocab_size
+    output = model(input_ids=token_ids, use_cache=False)
+    return output.logits[0].float()

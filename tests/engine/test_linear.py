@@ -1,0 +1,93 @@
+"""Packed linear layers: the same numbers, or the model as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from serve.engine import linear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_packed_operators_exist_in_this_torch() -> None:
+    """They are private: when a new torch drops them, this test says so, and the server only becomes slower."""
+    assert all(linear.is_usable(dtype) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 576, 1536), (7, 33, 5), (64, 96, 257)])
+def test_packed_linear_computes_what_linear_does(
+    dtype: torch.dtype, bias: bool, rows: int, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(inputs, outputs, bias=bias).to(dtype)
+    x = torch.randn(1, rows, inputs).to(dtype)
+    with torch.inference_mode():
+        expected, got = plain(x).float(), linear.PackedLinear(plain)(x).float()
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.02)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path)).eval()
+
+
+def test_pack_leaves_the_logits_of_a_model(model: Any) -> None:
+    token_ids = torch.arange(5, 40)[None]
+    with torch.inference_mode():
+        expected = model(input_ids=token_ids).logits
+        num_packed = linear.pack(model)
+        got = model(input_ids=token_ids).logits
+    assert num_packed == model.config.num_hidden_layers * 7 + 1
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def _no_operators(*_: Any) -> Any:
+    raise AttributeError("no such operator")
+
+
+def _wrong_numbers(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.flip(0).contiguous(), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("_reorder", _no_operators, "no packed operators"),
+        ("available_memory", lambda device: 2**16, "would leave too little"),
+        ("PACKABLE", frozenset(), "none that can be packed"),
+    ],
+)
+def test_pack_leaves_the_model_alone_where_it_cannot(
+    name: str, value: Any, reason: str, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    monkeypatch.setattr(linear, name, value)
+    with torch.inference_mode():
+        assert linear.pack(model) == 0
+    assert [module for module in model.modules() if type(module) is nn.Linear] == layers
+    assert reason in caplog.text
+
+
+def test_pack_is_undone_where_the_logits_differ(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    monkeypatch.setattr(linear, "is_usable", lambda dtype: True)
+    monkeypatch.setattr(linear, "_reorder", _wrong_numbers)
+    with torch.inference_mode():
+        assert linear.pack(model) == 0
+    assert [module for module in model.modules() if type(module) is nn.Linear] == layers
+    assert "off by" in caplog.text
