@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from serve.errors import ConfigError
-from serve.settings import Settings, load_settings, unknown_variables
+
+if TYPE_CHECKING:
+    from serve.settings import Settings
 
 
 def _parser() -> argparse.ArgumentParser:
+    from serve.settings import Settings  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="python -m serve",
         description="Serve one Hugging Face model over an OpenAI-compatible API.",
@@ -31,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; return its exit status (2: a setting is wrong)."""
+    from serve.settings import load_settings  # noqa: PLC0415
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve"]:  # as SageMaker starts containers
         del arguments[0]
@@ -45,11 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(settings: Settings) -> int:
     from serve.observe import configure_logging  # noqa: PLC0415
     from serve.server import run  # noqa: PLC0415
+    from serve.settings import unknown_variables  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
     for warning in unknown_variables(os.environ):
         logging.getLogger("serve").warning("%s", warning)
     return run(settings)
+
+
+def _leave_early(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM before the server handles it: nothing runs yet.  In a container Linux would ignore the signal."""
+    del number, frame
+    leave(0)
 
 
 def leave(status: int) -> NoReturn:
@@ -61,4 +76,5 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave_early)  # before the imports that take time
     leave(main())

@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     )
 
     model: str = Field("", description="Model to serve: a local folder or a Hugging Face id such as Qwen/Qwen3-4B.")
+    model_folders: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="Folders, separated by commas, where platforms mount a model: the first that has one is served"
+        " when SERVE_MODEL is not set.",
+    )
     model_revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face model.")
     model_name: str = Field("", description="The model's id in the API. Default: the id, or the folder's name.")
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
@@ -107,11 +112,21 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
-    @field_validator("api_keys", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _find_mounted_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        folders = values.get("model_folders") or ()
+        if values.get("model") or values.get("engine", EngineName.TRANSFORMERS) != EngineName.TRANSFORMERS:
+            return values
+        names = folders.split(",") if isinstance(folders, str) else folders
+        mounted = [str(name).strip() for name in names if _holds_model(Path(str(name).strip()))]
+        return {**values, "model": mounted[0]} if mounted else values
+
+    @field_validator("api_keys", "model_folders", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(key for part in value.split(",") if (key := part.strip()))
+            return tuple(item for part in value.split(",") if (item := part.strip()))
         return value
 
     @field_validator("port", mode="before")
@@ -157,6 +172,14 @@ class Settings(BaseSettings):
             num_threads=self.threads,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a checkpoint or an adapter lies there; unreadable counts, so that loading can say so."""
+    try:
+        return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    except PermissionError:
+        return True
 
 
 def is_loopback(host: str) -> bool:

@@ -244,3 +244,16 @@ def test_process_says_which_port_is_taken() -> None:
 
     assert status not in {0, 3, 70}
     assert port in log
+
+
+def test_sigterm_before_the_server_listens_exits_0() -> None:
+    """As the first process of a container it would be ignored, and the platform would kill after its grace period."""
+    slow_start = (
+        "import sys, time, types; sys.modules['serve.server'] = slow = types.ModuleType('serve.server')\n"
+        "slow.run = lambda settings: (print('starting', file=sys.stderr, flush=True), time.sleep(20))"
+    )
+    with running(before=slow_start) as server:
+        eventually(lambda: "starting" in server.log)
+        server.process.terminate()
+        assert exit_status(server) == 0
+        assert "Traceback" not in server.log

@@ -111,3 +111,24 @@ def test_settings_are_frozen():
 
 def test_every_setting_is_described():
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_mounted_model_is_found_where_platforms_put_it(monkeypatch, tmp_path):
+    first, second = tmp_path / "repository", tmp_path / "opt"
+    monkeypatch.setenv("SERVE_MODEL_FOLDERS", f"{first}, {second}")
+    with pytest.raises(ConfigError, match="SERVE_MODEL is not set"):
+        load_settings()
+    second.mkdir()
+    (second / "config.json").write_text("{}")
+    assert load_settings().model == str(second)
+    first.mkdir()
+    with_adapter = first / "adapter_config.json"
+    with_adapter.write_text("{}")
+    assert load_settings().model == str(first)
+    assert from_environment(monkeypatch, SERVE_MODEL="owner/name").model == "owner/name"
+
+
+def test_mounted_model_does_not_matter_to_the_echo_engine(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("SERVE_MODEL_FOLDERS", str(tmp_path))
+    assert from_environment(monkeypatch, SERVE_ENGINE="echo").served_name == "echo"
