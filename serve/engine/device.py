@@ -147,6 +147,11 @@ def available_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return available_ram()
+
+
+def available_ram() -> int:
+    """Bytes of RAM that are free within the container's limit."""
     free = [_meminfo_available(), _cgroup_memory()]
     return min((size for size in free if size is not None), default=2**30)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from serve.engine.device import available_memory
+from serve.engine.device import available_ram
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def pack(model: nn.Module) -> int:
 def _obstacle(size: int, dtypes: set[torch.dtype]) -> str | None:
     if not dtypes:
         return "none that can be packed"
-    free = available_memory(torch.device("cpu"))
+    free = available_ram()
     if size > MEMORY_SHARE * free:
         return f"a second copy of {size >> 20} MiB would leave too little of the {free >> 20} MiB that are free"
     if not all(is_usable(dtype) for dtype in dtypes):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from serve.engine.base import EngineConfig, ModelFiles, Phase
 from serve.engine.device import (
     available_memory,
+    available_ram,
     choose_device,
     choose_dtype,
     choose_threads,
@@ -20,6 +21,7 @@ from serve.engine.scheduler import Batch, Scheduler
 from serve.engine.sizing import fit_cache
 from serve.engine.worker import StepEngine
 from serve.errors import ModelLoadError, OutOfMemory
+from serve.read_ahead import reading_ahead
 from serve.types import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class TransformersRunner:
         Raises:
             ModelLoadError: with the reason and the remedy.
         """
-        self._import(phase)
+        self._import(phase, files)
         import torch  # noqa: PLC0415
 
         from serve.engine import loader  # noqa: PLC0415
@@ -72,7 +74,7 @@ class TransformersRunner:
             ModelLoadError: with the reason and the remedy.
         """
         if self._prepared is None:
-            self._import(phase)
+            self._import(phase, files)
         import torch  # noqa: PLC0415
 
         from serve.engine import loader  # noqa: PLC0415
@@ -103,16 +105,17 @@ class TransformersRunner:
         with phase("warm_up"):
             self._warm_up()
 
-    def _import(self, phase: Phase) -> None:
-        with phase("import_torch"):
-            # Spinning OpenMP threads starve the event loop and each other on shared cores; read when torch is imported.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            preload_torch()
-            importlib.import_module("torch")
-        with phase("import_transformers"):
-            from serve.engine import loader  # noqa: PLC0415
+    def _import(self, phase: Phase, files: ModelFiles) -> None:
+        with reading_ahead(sorted(files.folder.glob("*.safetensors")), available_ram()):
+            with phase("import_torch"):
+                # Spinning OpenMP threads starve the event loop and each other; read when torch is imported.
+                os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+                preload_torch()
+                importlib.import_module("torch")
+            with phase("import_transformers"):
+                from serve.engine import loader  # noqa: PLC0415
 
-            loader.import_transformers()
+                loader.import_transformers()
 
     def _make_cache(self, seen: KVCache, model_len: int) -> None:
         """Allocate all layers at once, so that a shortage shows here and not at somebody's request."""

@@ -64,7 +64,7 @@ def _wrong_numbers(weight: torch.Tensor) -> torch.Tensor:
     ("name", "value", "reason"),
     [
         ("_reorder", _no_operators, "no packed operators"),
-        ("available_memory", lambda device: 2**16, "would leave too little"),
+        ("available_ram", lambda: 2**16, "would leave too little"),
         ("PACKABLE", frozenset(), "none that can be packed"),
     ],
 )
