@@ -131,7 +131,8 @@ class TokenEvent:
     """One generated token of one request.
 
     ``text`` may be empty: a character or a possible stop string is still incomplete.  The last event of a
-    request carries ``finish_reason`` and ``usage``; with ``FinishReason.ERROR`` it also carries ``error``.
+    request carries ``finish_reason`` and ``usage``, and ``stop`` when one of its stop strings ended it; with
+    ``FinishReason.ERROR`` it also carries ``error``.
     The first carries ``queue_s``, the seconds that the request waited for a slot.  ``logprob`` and, on the first
     event, ``prompt_logprobs`` (None for the first prompt token, which nothing predicts) are there when asked for.
     """
@@ -139,6 +140,7 @@ class TokenEvent:
     text: str = ""
     token_id: int | None = None
     finish_reason: FinishReason | None = None
+    stop: str | None = None
     usage: Usage | None = None
     error: ServeError | None = None
     queue_s: float | None = None

@@ -65,18 +65,19 @@ class StopChecker:
         self._stop = tuple(stop)
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Add text; return what is certainly not part of a stop string, and whether one was found."""
+    def push(self, piece: str) -> tuple[str, str | None]:
+        """Add text; return what is certainly not part of a stop string, and the stop string that was found."""
         if not self._stop:
-            return piece, False
+            return piece, None
         text = self._held + piece
-        hits = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        hits = [(at, number) for number, stop in enumerate(self._stop) if (at := text.find(stop)) >= 0]
         if hits:
+            at, number = min(hits)
             self._held = ""
-            return text[: min(hits)], True
+            return text[:at], self._stop[number]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        return text[: len(text) - keep], None
 
     def flush(self) -> str:
         """The text ended without a stop string: what was held is text after all."""
@@ -99,8 +100,8 @@ class Detokenizer:
         self._decoder = IncrementalDecoder(decode)
         self._checker = StopChecker(stop)
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Add one token; return new text and whether a stop string ended it."""
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """Add one token; return new text and the stop string that ended it."""
         return self._checker.push(self._decoder.push(token_id))
 
     def flush(self) -> str:

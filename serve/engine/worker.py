@@ -257,15 +257,15 @@ class StepEngine:
         if token_id is None:
             return self._end_with(sequence, GenerationFailed("the model's logits for this request are not finite"))
         live = self._live[request_id]
-        text = ""
+        text, stop = "", None
         if sequence.finish_reason is not FinishReason.STOP:
             try:
-                text, is_stopped = live.detokenizer.push(token_id)
+                text, stop = live.detokenizer.push(token_id)
             except Exception as error:
                 # Its words may hold the text.
                 logger.error("Decoding the tokens of request %s failed: %s", request_id, type(error).__name__)
                 return self._end_with(sequence, GenerationFailed("the model's tokens cannot be decoded"))
-            if is_stopped:
+            if stop is not None:
                 sequence.finish_reason = FinishReason.STOP
         if sequence.finish_reason is not None:
             text += live.detokenizer.flush()
@@ -273,7 +273,7 @@ class StepEngine:
         queue_s, live.has_sent = (None if live.has_sent else live.queue_s), True
         usage = sequence.usage if sequence.finish_reason else None
         return request_id, TokenEvent(
-            text=text, token_id=token_id, finish_reason=sequence.finish_reason, usage=usage, queue_s=queue_s
+            text=text, token_id=token_id, finish_reason=sequence.finish_reason, stop=stop, usage=usage, queue_s=queue_s
         )
 
     def _end_with(self, sequence: Sequence, error: ServeError) -> tuple[str, TokenEvent]:

@@ -91,7 +91,7 @@ def test_decoder_keeps_the_space_that_the_first_token_of_a_text_loses():
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_checker_cuts_at_the_earliest_stop_for_any_split(text, stops, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
-    checker, got, stopped = StopChecker(stops), "", False
+    checker, got, stopped = StopChecker(stops), "", None
     seen = ""
     for a, b in pairwise(cuts):
         seen = text[:b]
@@ -102,8 +102,11 @@ def test_stop_checker_cuts_at_the_earliest_stop_for_any_split(text, stops, data)
     if not stopped:
         got += checker.flush()
     hits = [seen.find(stop) for stop in stops if stop in seen]
-    assert stopped == bool(hits)
+    assert (stopped is not None) == bool(hits)
     assert got == (seen[: min(hits)] if hits else text)
+    if stopped is not None:
+        assert stopped in stops
+        assert seen.startswith(got + stopped)
 
 
 @given(st.text("ab,", max_size=20), st.sampled_from(["ab", ", ", "aab", "b,b"]))
@@ -120,11 +123,11 @@ def test_stop_checker_releases_no_character_of_a_stop_string(text, stop):
 
 def test_stop_checker_releases_held_text_when_the_match_fails():
     checker = StopChecker(["\n\nEND"])
-    assert checker.push("one\n") == ("one", False)
-    assert checker.push("two\n\n") == ("\ntwo", False)
-    assert checker.push("EN") == ("", False)
-    assert checker.push("X") == ("\n\nENX", False)
-    assert checker.push("\n") == ("", False)
+    assert checker.push("one\n") == ("one", None)
+    assert checker.push("two\n\n") == ("\ntwo", None)
+    assert checker.push("EN") == ("", None)
+    assert checker.push("X") == ("\n\nENX", None)
+    assert checker.push("\n") == ("", None)
     assert checker.flush() == "\n"
 
 
