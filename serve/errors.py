@@ -12,6 +12,7 @@
        ├─ GenerationFailed           this request only; the engine lives
        ├─ OutOfMemory                this request only; the engine lives
        ├─ ModelLoadError             exit status 3
+       │  └─ HubUnreachable          no network, or no copy on this machine
        └─ EngineDead                 exit status 70, so that the platform replaces the process
 
 These classes carry no HTTP status: ``serve.api.errors`` holds the only table.  Standard library only.
@@ -158,6 +159,10 @@ class ModelLoadError(EngineError):
 
     code = "model_load_error"
     exit_status: ClassVar[int] = 3
+
+
+class HubUnreachable(ModelLoadError):
+    """Nobody answers for the Hub; nothing is known about the model."""
 
 
 class EngineDead(EngineError):

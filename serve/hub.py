@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.errors import ConfigError, ModelLoadError
+from serve.errors import ConfigError, HubUnreachable, ModelLoadError
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,9 @@ def _explain(model: str, revision: str | None, error: Exception) -> ModelLoadErr
         )
     else:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        text = f"The Hub at {ENDPOINT} cannot be reached for {model} ({reason}). Check the network, or name a folder."
+        return HubUnreachable(
+            f"The Hub at {ENDPOINT} cannot be reached for {model} ({reason}). Check the network, or name a folder."
+        )
     return ModelLoadError(text)
 
 

@@ -45,11 +45,6 @@ class State(StrEnum):
     DEAD = "dead"
 
 
-def _held(settings: Settings) -> tuple[object, ...]:
-    """What a snapshot was made from."""
-    return settings.model, settings.model_revision, settings.chat_template, settings.engine, settings.engine_config()
-
-
 class Lifecycle:
     """Owns the loading thread, the state and the cold-start phases.  Everything else runs on the event loop.
 
@@ -126,25 +121,29 @@ class Lifecycle:
     def restored(self, settings: Settings) -> None:
         """Bring the rest: device, weights onto it, a random state of its own, warm-up.
 
-        Brings everything when :meth:`prepare` was not called.
+        Brings everything when :meth:`prepare` was not called.  A second call, after a snapshot of the loaded model,
+        only takes new settings and another random state.
 
         Args:
-            settings: Read again after the restore: keys may have changed since the snapshot.
+            settings: Read again after the restore: keys may have changed.
 
         Raises:
             ConfigError: the settings name another model or engine than the snapshot holds.
             ServeError: the model cannot be served.
         """
         if self._files is not None:
-            if _held(settings) != _held(self._settings):
+            if settings.loaded_from != self._settings.loaded_from:
                 raise ConfigError("the settings name another model or engine than the snapshot holds; deploy again")
             self._cold_start.restored()
             self.started_at = time.time()
             random.seed()
         self._settings = settings
+        if self._is_loaded:
+            self.engine.reseed()
+            return
         with without_garbage_collection():
-            files = self._files or self._find(self._tokenizer_loaded)
-            self.engine.load(files, self._cold_start.phase)
+            self._files = self._files or self._find(self._tokenizer_loaded)
+            self.engine.load(self._files, self._cold_start.phase)
         self._is_loaded = True
 
     def _find(self, announce: Callable[[LoadedTokenizer], object]) -> ModelFiles:

@@ -6,10 +6,14 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
+import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from serve.api.app import create_app
 from serve.errors import EngineDead, ServeError
@@ -72,9 +76,55 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+class BackgroundServer:
+    """The server in a thread, for platforms whose own runtime has the main thread and the signals.
+
+    Args:
+        app: From ``create_app``.
+        settings: The same as the app's.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self._server = _server(app, settings)
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+
+    def _run(self) -> None:
+        with suppress(SystemExit):  # the port cannot be bound; uvicorn has logged why
+            self._server.run()
+
+    def start(self) -> None:
+        """Return when the port is open.
+
+        Raises:
+            OSError: it could not be opened; the log says why.
+        """
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise OSError(f"cannot listen on {self._server.config.host}:{self._server.config.port}")
+            time.sleep(0.01)
+
+    def drain(self) -> None:
+        """Return when running requests are done, after ``SERVE_DRAIN_TIMEOUT_S`` and the last writes at most."""
+        if self._thread.is_alive():
+            self._server.handle_exit(signal.SIGTERM, None)
+            self._thread.join()
+
+
 def run(settings: Settings) -> int:
     """Serve until a signal; return the exit status: 0, 3 (the model cannot be loaded) or 70 (the engine died)."""
-    app = create_app(settings)
+    server = _server(create_app(settings), settings)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn has logged why
+        logger.error("Cannot listen on %s:%d; set SERVE_PORT to a free port", settings.host, settings.port)
+        return 1
+    if server.failure is not None:
+        return getattr(server.failure, "exit_status", EngineDead.exit_status)
+    return 0 if server.started else 1
+
+
+def _server(app: FastAPI, settings: Settings) -> DrainingServer:
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
     config = uvicorn.Config(
         app,
@@ -86,12 +136,4 @@ def run(settings: Settings) -> int:
         lifespan="on",
         **options,
     )
-    server = DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)
-    try:
-        server.run()
-    except SystemExit:  # uvicorn has logged why
-        logger.error("Cannot listen on %s:%d; set SERVE_PORT to a free port", settings.host, settings.port)
-        return 1
-    if server.failure is not None:
-        return getattr(server.failure, "exit_status", EngineDead.exit_status)
-    return 0 if server.started else 1
+    return DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)

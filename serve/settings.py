@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -108,6 +108,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
     keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")
+    stream_writes_per_s: int | None = Field(
+        None, ge=1, description="Writes to all streams together; faster tokens share one. Default: no limit."
+    )
     drain_timeout_s: float = Field(25.0, ge=0, le=3600, description="Seconds that running requests get on SIGTERM.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
@@ -161,6 +164,24 @@ class Settings(BaseSettings):
         # Not resolve(): the name of a link is the operator's choice.
         return Path(os.path.abspath(folder)).name if folder.exists() else self.model  # noqa: PTH100
 
+    def environment(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What was set, as variables for a container: the public ones, and the secret ones."""
+        public: dict[str, str] = {}
+        secret: dict[str, str] = {}
+        for name in sorted(self.model_fields_set):
+            value: Any = getattr(self, name)
+            parts = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+            if value is None or not parts:
+                continue
+            is_secret = any(isinstance(part, SecretStr) for part in parts)
+            (secret if is_secret else public)[PREFIX + name.upper()] = ",".join(_written(part) for part in parts)
+        return public, secret
+
+    @property
+    def loaded_from(self) -> tuple[object, ...]:
+        """Everything that decides which model is in memory, and how."""
+        return self.model, self.model_revision, self.chat_template, self.engine, self.engine_config()
+
     def engine_config(self) -> EngineConfig:
         """The settings that concern the engine, as plain values."""
         return EngineConfig(
@@ -180,6 +201,12 @@ def _holds_model(folder: Path) -> bool:
         return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     except PermissionError:
         return True
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def is_loopback(host: str) -> bool:

@@ -39,6 +39,9 @@ _SMALL_FILES = (
     "chat_template*",
     "*.safetensors.index.json",
 )
+SERVED_FILES = (*_SMALL_FILES, "*.safetensors")
+"""Patterns of all files that a model in one folder is served from, when its own list of them is not known."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -129,6 +132,14 @@ def fetch_weights(source: ModelSource) -> ModelSource:
         "Weights of %s are complete: %d bytes from %s in %.2f s.", source.model, num_bytes, source.origin, seconds
     )
     return replace(source, num_bytes=num_bytes, adapter_source=adapter)
+
+
+def needed_files(source: ModelSource, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """The names of all files in ``source``'s folder that serving reads, for those who copy it elsewhere."""
+    patterns = (*_SMALL_FILES, "*.py") if trust_remote_code else _SMALL_FILES
+    here = (path for path in sorted(source.folder.iterdir()) if path.is_file())
+    small = {path.name for path in here if any(path.match(pattern) for pattern in patterns)}
+    return tuple(sorted(small | set(source.weight_files)))
 
 
 def _has_tokenizer(folder: Path) -> bool:

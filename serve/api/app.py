@@ -14,6 +14,7 @@ from serve.api import chat, health, models, pages
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
 from serve.api.middleware import BodyLimit, Boundary, Gate
+from serve.api.sse import WritePace
 from serve.engine.base import Engine
 from serve.lifecycle import Lifecycle
 from serve.settings import EngineName, Settings, load_settings
@@ -92,6 +93,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.lifecycle = lifecycle
+    app.state.pace = WritePace(settings.stream_writes_per_s)
     install_handlers(app)
     for router in (chat.router, models.router, health.router, pages.router):
         app.include_router(router)

@@ -49,7 +49,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         shape = ChatShape(heading, len(choices), include_usage=include_usage)
-        return EventStream(event_frames(choices, shape, settings.keep_alive_s), headers, choices.close)
+        frames = event_frames(choices, shape, settings.keep_alive_s, request.app.state.pace)
+        return EventStream(frames, headers, choices.close)
     answer = ChatAnswer(heading, len(choices))
     if not await fold_unless_gone(choices, answer, request.receive):
         return Response(status_code=CLIENT_CLOSED)

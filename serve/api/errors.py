@@ -35,6 +35,7 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.OutOfMemory: (503, BUSY),
     errors.ConfigError: (503, SERVER),
     errors.ModelLoadError: (503, SERVER),
+    errors.HubUnreachable: (503, SERVER),
     errors.EngineDead: (503, SERVER),
     errors.DeadlineExceeded: (504, BUSY),
 }

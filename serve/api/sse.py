@@ -35,11 +35,31 @@ class Shape(Protocol):
         ...
 
 
-async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float) -> AsyncIterator[bytes]:
+class WritePace:
+    """Spreads a bounded number of writes over all open streams: the more there are, the more tokens share one.
+
+    Where each write is a message through a platform's relay, it costs more than the token in it.
+
+    Args:
+        writes_per_s: To all streams together; None is no bound.
+    """
+
+    def __init__(self, writes_per_s: int | None = None) -> None:
+        self._writes_per_s = writes_per_s
+        self.num_streams = 0
+
+    async def rest(self) -> None:
+        """Wait after a write, so that the next one carries more."""
+        if self._writes_per_s is not None:
+            await asyncio.sleep(self.num_streams / self._writes_per_s)
+
+
+async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float, pace: WritePace) -> AsyncIterator[bytes]:
     """All frames of a request; what arrived together goes out in one write.
 
     An error after the headers becomes an event, since the status is already sent; it ends the stream.
     """
+    pace.num_streams += 1
     try:
         while True:
             try:
@@ -53,10 +73,13 @@ async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float) -> A
             if error is not None:
                 yield frame(error_json(error)) + DONE
                 return
+            await pace.rest()
             events = await choices.next()
     except Exception:
         logger.exception("Unexpected error in a stream")
         yield frame(error_json(GenerationFailed("internal error while streaming"))) + DONE
+    finally:
+        pace.num_streams -= 1
 
 
 def _until_error(events: Iterable[IndexedEvent], shape: Shape) -> tuple[list[bytes], ServeError | None]:

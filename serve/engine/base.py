@@ -135,6 +135,10 @@ class Engine(Protocol):
         """
         ...
 
+    def reseed(self) -> None:
+        """Take a random state of its own, after ``load``: the process is one of several from one snapshot."""
+        ...
+
     def start(self, on_death: Callable[[ServeError], None]) -> None:
         """Begin stepping; requests that were submitted before now begin to run."""
         ...
@@ -183,6 +187,10 @@ class Runner(Protocol):
 
     def load(self, files: ModelFiles, phase: Phase) -> None:
         """Bring the model up, warmed.  Raises ``ModelLoadError``."""
+        ...
+
+    def reseed(self) -> None:
+        """As :meth:`Engine.reseed`."""
         ...
 
     def step(self, batch: Batch) -> list[int | None]:

@@ -48,6 +48,9 @@ class EchoRunner:
         with phase("weights"):
             time.sleep(self._load_s)
 
+    def reseed(self) -> None:
+        """Nothing here is random."""
+
     def step(self, batch: Batch) -> list[int | None]:
         """Sleep for ``step_s``, then give each sequence its next token."""
         time.sleep(self._step_s)

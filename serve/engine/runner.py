@@ -78,7 +78,6 @@ class TransformersRunner:
         import torch  # noqa: PLC0415
 
         from serve.engine import loader  # noqa: PLC0415
-        from serve.engine.sampler import Sampler  # noqa: PLC0415
 
         self._device = choose_device(self._config.device)
         checkpoint = loader.checkpoint_dtype(loader.read_config(files.folder))
@@ -99,11 +98,18 @@ class TransformersRunner:
             seen = loader.probe(self._model, files.max_model_len)
         with phase("kv_cache"):
             self._make_cache(seen, files.max_model_len)
-        # Containers that are restored from one snapshot would otherwise draw the same.
-        torch.manual_seed(secrets.randbits(63))  # pyright: ignore[reportUnknownMemberType]
-        self._sampler = Sampler(self._device.value, secrets.randbits(63))
+        self.reseed()
         with phase("warm_up"):
             self._warm_up()
+
+    def reseed(self) -> None:
+        """Draw from now on as no other process does."""
+        import torch  # noqa: PLC0415
+
+        from serve.engine.sampler import Sampler  # noqa: PLC0415
+
+        torch.manual_seed(secrets.randbits(63))  # pyright: ignore[reportUnknownMemberType]
+        self._sampler = Sampler(self._device.value, secrets.randbits(63))
 
     def _import(self, phase: Phase, files: ModelFiles) -> None:
         with reading_ahead(sorted(files.folder.glob("*.safetensors")), available_ram()):

@@ -81,6 +81,10 @@ class StepEngine:
         self._runner.load(files, phase)
         self._files = files
 
+    def reseed(self) -> None:
+        """Take a random state of its own."""
+        self._runner.reseed()
+
     def start(self, on_death: Callable[[ServeError], None]) -> None:
         """Begin stepping on a thread of its own."""
         if self._files is None:

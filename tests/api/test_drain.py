@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -257,3 +258,28 @@ def test_sigterm_before_the_server_listens_exits_0() -> None:
         server.process.terminate()
         assert exit_status(server) == 0
         assert "Traceback" not in server.log
+
+
+def test_server_in_a_thread_finishes_what_runs_and_frees_its_port():
+    from serve.api.app import create_app
+    from serve.engine.echo import EchoEngine
+    from serve.server import BackgroundServer
+    from serve.settings import Settings
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(engine="echo", port=taken.getsockname()[1], _env_file=None)  # pyright: ignore[reportCallIssue]
+        with pytest.raises(OSError, match="cannot listen"):
+            BackgroundServer(create_app(settings), settings).start()
+    server = BackgroundServer(create_app(settings, EchoEngine(step_s=0.02)), settings)
+    server.start()
+    url = f"http://127.0.0.1:{settings.port}/v1/chat/completions"
+    with httpx.stream("POST", url, json=chat("to the end", stream=True)) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        drained = threading.Thread(target=server.drain)
+        drained.start()
+        assert joined(sse_chunks("\n".join(lines))).endswith("o the end")
+    drained.join(10)
+    assert not drained.is_alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)

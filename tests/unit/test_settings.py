@@ -132,3 +132,32 @@ def test_mounted_model_does_not_matter_to_the_echo_engine(monkeypatch, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("SERVE_MODEL_FOLDERS", str(tmp_path))
     assert from_environment(monkeypatch, SERVE_ENGINE="echo").served_name == "echo"
+
+
+def test_environment_gives_back_what_was_set_with_secrets_apart():
+    given = Settings(
+        model="owner/m",
+        api_keys="a, b",
+        allow_anonymous=True,
+        device="cpu",
+        load_wait_s=1.5,
+        chat_template="x.jinja",
+        _env_file=None,  # pyright: ignore[reportCallIssue]
+    )
+    public, secret = given.environment()
+    assert secret == {"SERVE_API_KEYS": "a,b"}
+    assert public == {
+        "SERVE_ALLOW_ANONYMOUS": "true",
+        "SERVE_CHAT_TEMPLATE": "x.jinja",
+        "SERVE_DEVICE": "cpu",
+        "SERVE_LOAD_WAIT_S": "1.5",
+        "SERVE_MODEL": "owner/m",
+    }
+
+
+def test_environment_makes_the_same_settings_again(monkeypatch):
+    given = Settings(model="m", api_keys="k", port=9000, max_queue=3, _env_file=None)  # pyright: ignore[reportCallIssue]
+    for part in given.environment():
+        for name, value in part.items():
+            monkeypatch.setenv(name, value)
+    assert load_settings(_env_file=None) == given

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from serve.errors import ConfigError, ModelLoadError
 from serve.weight_files import verify_file
-from serve.weights import fetch_weights, locate
+from serve.weights import fetch_weights, locate, needed_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,3 +242,19 @@ def test_truncated_adapter_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelLoadError, match="it is cut short"):
         load(adapter)
+
+
+def test_needed_files_are_what_serving_reads_and_nothing_else(tmp_path: Path) -> None:
+    names = [
+        "tokenizer.json",
+        "optimizer.pt",
+        "README.md",
+        "modeling_own.py",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+    ]
+    write(tmp_path, {**model_files(), **dict.fromkeys(names, b"{}")})
+    source = locate(str(tmp_path))
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert set(needed_files(source)) == expected
+    assert set(needed_files(source, trust_remote_code=True)) == {*expected, "modeling_own.py"}
