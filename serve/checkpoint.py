@@ -47,6 +47,15 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Width of the model's logits; ``None`` when the files do not say."""
+    for source in (_text_config(config), config):
+        value = source.get("vocab_size")
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
 def default_sampling(folder: Path) -> dict[str, float]:
     """What the model's authors recommend when a request leaves it out: temperature, top_p, top_k, min_p.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from serve.errors import ConfigError, ModelLoadError, ServeError
 from serve.observe import process_age_s
 
 logger = logging.getLogger(__name__)
@@ -58,3 +59,12 @@ def without_garbage_collection() -> Generator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def load_failure(error: BaseException) -> ServeError:
+    """What callers are told of a load that ended with ``error``; the log is told here."""
+    if isinstance(error, ConfigError | ModelLoadError):
+        logger.error("The model cannot be served: %s", error.message)
+        return error
+    logger.error("The model cannot be served", exc_info=error)
+    return ModelLoadError(f"{type(error).__name__}: {error}")

@@ -21,9 +21,9 @@ from enum import StrEnum
 from typing import TypeVar
 
 from serve.chat.prompt import ChatFormat
-from serve.cold_start import ColdStart, without_garbage_collection
-from serve.engine.base import Engine, ModelFiles, TokenStream
-from serve.errors import ConfigError, EngineDead, EngineNotReady, ModelLoadError, QueueFull, ServeError, ShuttingDown
+from serve.cold_start import ColdStart, load_failure, without_garbage_collection
+from serve.engine.base import Engine, ModelFiles, TokenStream, check_vocabulary
+from serve.errors import ConfigError, EngineDead, EngineNotReady, QueueFull, ServeError, ShuttingDown
 from serve.settings import Settings
 from serve.source import LoadedTokenizer, ModelOrigin
 from serve.types import GenerationRequest
@@ -164,14 +164,8 @@ class Lifecycle:
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
                 return
-            known = isinstance(error, ConfigError | ModelLoadError)
-            failure = error if known else ModelLoadError(f"{type(error).__name__}: {error}")
-            if failure is error:
-                logger.error("The model cannot be served: %s", failure.message)
-            else:
-                logger.exception("The model cannot be served")
             with suppress(RuntimeError):  # the loop is closed already
-                loop.call_soon_threadsafe(self._fail, failure)
+                loop.call_soon_threadsafe(self._fail, load_failure(error))
 
     # On the event loop.
 
@@ -200,6 +194,10 @@ class Lifecycle:
         """Tokens of prompt and completion together, as far as known."""
         known = self._tokenizer.max_model_len if self._tokenizer else None
         return self.engine.max_model_len or known
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones too; half a character for some.  Empty for an unknown id."""
+        return self._tokenizer.chat.tokenizer.token_bytes(token_id) if self._tokenizer else b""
 
     @property
     def default_sampling(self) -> Mapping[str, float]:
@@ -250,8 +248,11 @@ class Lifecycle:
         Raises:
             CapacityError: draining, or the queue is full.
             EngineError: the model cannot be served.
+            InvalidRequest: a token id is outside the vocabulary.
         """
         self.check_admission()
+        if vocab_size := self.engine.vocab_size or (self._tokenizer and self._tokenizer.vocab_size):
+            check_vocabulary(request, vocab_size)
         stream = self.engine.submit(request)
         if self.state is State.LOADING:
             loop = asyncio.get_running_loop()

@@ -30,6 +30,7 @@ class LoadedTokenizer:
 
     chat: ChatFormat
     max_model_len: int
+    vocab_size: int | None = None
     default_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
@@ -67,6 +68,7 @@ class CheckpointOrigin:
         return LoadedTokenizer(
             chat=_chat_format(settings, HubTokenizer(source.tokenizer_folder), self._template, max_model_len),
             max_model_len=max_model_len,
+            vocab_size=checkpoint.vocab_size(source.config),
             default_sampling=checkpoint.default_sampling(source.folder),
         )
 
@@ -106,12 +108,17 @@ class EchoOrigin:
         del token
         return None
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte itself."""
+        return bytes((token_id,)) if token_id < echo.EOS_TOKEN_ID else b""
+
     def load_tokenizer(self) -> LoadedTokenizer:
         """Bytes as tokens."""
         settings = self._settings
         return LoadedTokenizer(
             chat=_chat_format(settings, self, self._template, None),
             max_model_len=settings.max_model_len or echo.MAX_MODEL_LEN,
+            vocab_size=echo.VOCAB_SIZE,
         )
 
     def fetch(self, tokenizer: LoadedTokenizer) -> ModelFiles:

@@ -15,6 +15,9 @@ from serve.errors import ServeError
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by them overflows."""
 
+MIN_LOGPROB = -9999.0
+"""Stands for the log-probability of what cannot be: JSON has no minus infinity."""
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended.  ``ABORT`` and ``ERROR`` never reach the wire as a finish reason."""
@@ -35,11 +38,15 @@ class Grammar(Protocol):
         ...
 
     def allowed(self) -> bytes:
-        """The next token's bit mask: 32-bit little-endian words, bit ``i % 32`` of word ``i // 32`` is token ``i``."""
+        """The next token's bit mask: 32-bit little-endian words, bit ``i % 32`` of word ``i // 32`` is token ``i``.
+
+        The end-of-sequence token is among them where the sequence may end.  Words beyond the vocabulary are ignored,
+        missing ones allow nothing.  Not asked for once :attr:`is_finished`.
+        """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Go on with the token that was taken.
+        """Go on with the token that was taken.  Not called for a token that ended the sequence.
 
         Raises:
             ValueError: :meth:`allowed` did not allow it.
@@ -55,14 +62,18 @@ class SamplingParams:
     ``seed`` fixes this request's own generator, whatever else is in the batch.  ``max_tokens`` counts
     generated tokens, the end-of-sequence token included; None is all that fits after the prompt.
 
-    ``frequency_penalty`` and ``presence_penalty`` are subtracted from the logits of generated tokens (per
-    occurrence, and once); ``repetition_penalty`` divides or multiplies those of prompt and generated tokens.
-    ``logit_bias`` holds pairs of token id and what is added to its logit.  Before ``min_tokens`` tokens no
-    sequence ends by an end-of-sequence or stop token; with ``ignore_eos`` only ``stop_token_ids``, ``stop`` and
-    ``max_tokens`` end it.  ``logprobs`` is the number of most likely tokens reported beside each generated token,
-    0 for that token alone and None for nothing; ``prompt_logprobs`` the same for the prompt.  They are of the
-    model's own distribution, before temperature, penalties, bias and grammar.  ``grammar`` makes the constraint
-    of one sequence; it must be cheap, since it is called on the engine's thread.
+    What changes the logits, in this order: ``repetition_penalty`` divides the positive and multiplies the negative
+    ones of prompt and generated tokens; ``frequency_penalty`` and ``presence_penalty`` are subtracted from those of
+    generated tokens (per occurrence, and once); ``logit_bias`` holds pairs of token id and what is added; before
+    ``min_tokens`` tokens no sequence ends by an end-of-sequence or stop token; ``grammar`` makes the constraint of
+    one sequence (cheaply: it is called on the engine's thread), which wins over ``min_tokens`` and, once finished,
+    ends the sequence.  Then come temperature, top_k, top_p and min_p.
+
+    With ``ignore_eos`` only ``stop_token_ids``, ``stop``, a finished grammar and ``max_tokens`` end a sequence.
+    A stop token's text is no part of the answer.  ``logprobs`` is the number of most likely tokens reported beside
+    each generated token, 0 for that token alone and None for nothing; ``prompt_logprobs`` the same for the prompt.
+    They are of the model's own distribution, before everything above.  Token ids outside the vocabulary are refused
+    by :func:`serve.engine.base.check_vocabulary`.
     """
 
     max_tokens: int | None
@@ -87,6 +98,16 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that occurred count."""
+        return bool(self.frequency_penalty or self.presence_penalty) or self.repetition_penalty != 1.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether every step draws from other logits than the model's (``min_tokens`` only concerns the first ones)."""
+        return self.has_penalties or bool(self.logit_bias) or self.grammar is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +140,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token's natural log-probability, and the most likely tokens at its place, best first."""
+    """One token's natural log-probability, and the most likely tokens at its place, best first.
+
+    Never below :data:`MIN_LOGPROB`.  ``Lifecycle.token_bytes`` gives the bytes of any of the ids.
+    """
 
     token_id: int
     logprob: float
@@ -133,8 +157,12 @@ class TokenEvent:
     ``text`` may be empty: a character or a possible stop string is still incomplete.  The last event of a
     request carries ``finish_reason`` and ``usage``, and ``stop`` when one of its stop strings ended it; with
     ``FinishReason.ERROR`` it also carries ``error``.
-    The first carries ``queue_s``, the seconds that the request waited for a slot.  ``logprob`` and, on the first
-    event, ``prompt_logprobs`` (None for the first prompt token, which nothing predicts) are there when asked for.
+    The first carries ``queue_s``, the seconds that the request waited for a slot.
+
+    When asked for, ``logprobs`` are those of the tokens whose text this event began to release: none while text is
+    held back, several once it comes.  All events' together are, in order, those of the tokens of the returned text:
+    no end-of-sequence or stop token, none of a stop string.  The first event also carries ``prompt_logprobs``, one
+    for each prompt token (None for the first, which nothing predicts).
     """
 
     text: str = ""
@@ -144,7 +172,7 @@ class TokenEvent:
     usage: Usage | None = None
     error: ServeError | None = None
     queue_s: float | None = None
-    logprob: TokenLogprob | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from serve.api.app import create_app
-from serve.engine.base import Engine, EngineConfig, ModelFiles, Phase
+from serve.engine.base import Engine, EngineConfig, ModelFiles, Phase, StepOutput
 from serve.engine.echo import EOS_TOKEN_ID, EchoRunner
 from serve.engine.scheduler import Batch
 from serve.engine.worker import StepEngine
@@ -161,13 +161,13 @@ class ScriptedRunner(EchoRunner):
         super().__init__(config)
         self._script = script
 
-    def step(self, batch: Batch) -> list[int | None]:
+    def step(self, batch: Batch) -> StepOutput:
         places = [len(sequence.output_token_ids) for sequence in batch.sampled]
         steps = [self._script[at] if at < len(self._script) else EOS_TOKEN_ID for at in places]
         for step in steps:
             if isinstance(step, BaseException):
                 raise step
-        return [step for step in steps if not isinstance(step, BaseException)]
+        return StepOutput([step for step in steps if not isinstance(step, BaseException)])
 
 
 def scripted_engine(script: Sequence[int | BaseException | None]) -> StepEngine:

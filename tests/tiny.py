@@ -83,6 +83,7 @@ class Ready:
     def __init__(self, runner: TransformersRunner) -> None:
         self.num_slots, self.max_model_len, self.step = runner.num_slots, runner.max_model_len, runner.step
         self.reseed = runner.reseed
+        self.vocab_size = runner.vocab_size
 
     def prepare(self, files: ModelFiles, phase: Any) -> None:
         pass

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from serve.chat.control import ControlTokens
+from serve.chat.token_bytes import TokenBytes
 from serve.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class Tokenizer(Protocol):
         """The id of one token."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones too; empty for an unknown id."""
+        ...
+
 
 class HubTokenizer:
     """A tokenizer from a model's folder.
@@ -81,6 +86,7 @@ class HubTokenizer:
         self._rust.no_truncation()
         self._rust.no_padding()
         self._max_chars_per_token: int | None = None
+        self._token_bytes: TokenBytes | None = None
         self.special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         templates = _chat_templates(folder, config)
         self.chat_template, self.tool_chat_template = templates.get("default"), templates.get("tool_use")
@@ -113,6 +119,12 @@ class HubTokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of one token."""
         return self._rust.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones too; empty for an unknown id."""
+        if self._token_bytes is None:
+            self._token_bytes = TokenBytes(self._rust)
+        return self._token_bytes[token_id]
 
 
 def _load_rust(folder: Path, config: dict[str, Any]) -> Any:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from serve.engine.scheduler import Batch
-from serve.errors import ServeError
-from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
+from serve.errors import InvalidRequest, ServeError
+from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
@@ -51,6 +51,25 @@ class ModelFiles:
     eos_token_ids: frozenset[int]
     max_model_len: int
     adapter: Path | None = None
+
+
+def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have, before they reach a tensor.
+
+    Raises:
+        InvalidRequest: names the field and the id.
+    """
+    params = request.params
+    for name, token_ids in (
+        ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+        ("stop_token_ids", params.stop_token_ids),
+        ("prompt", request.prompt_token_ids),
+    ):
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+            raise InvalidRequest(
+                f"{name} holds the token id {wrong}, but this model's ids are 0 to {vocab_size - 1}", param=name
+            )
 
 
 class TokenStream:
@@ -117,6 +136,11 @@ class Engine(Protocol):
         """Tokens of prompt and completion together; ``None`` before ``load``."""
         ...
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this; ``None`` before ``load``."""
+        ...
+
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """What of ``load`` can be done before a memory snapshot is taken: imports, and weights in main memory.
 
@@ -168,6 +192,21 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step gave.  Rows are those of ``batch.sampled``.
+
+    ``token_ids`` holds None where a row failed: ``errors`` says why, or else its logits were not finite.
+    ``logprobs`` has the rows that asked for them; ``prompt_logprobs``, by index in ``batch.chunks``, those of the
+    prompt tokens that the chunk's positions predict.
+    """
+
+    token_ids: list[int | None]
+    errors: Mapping[int, ServeError] = field(default_factory=dict[int, ServeError])
+    logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict[int, TokenLogprob])
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprob]] = field(default_factory=dict[int, Sequence[TokenLogprob]])
+
+
 class Runner(Protocol):
     """Computes one step.  All tensors live behind this."""
 
@@ -179,6 +218,11 @@ class Runner(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens that fit in one slot, known after ``load``."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, known after ``load``."""
         ...
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
@@ -193,8 +237,8 @@ class Runner(Protocol):
         """As :meth:`Engine.reseed`."""
         ...
 
-    def step(self, batch: Batch) -> list[int | None]:
-        """One token id for each of ``batch.sampled``; ``None`` where the logits were not finite.
+    def step(self, batch: Batch) -> StepOutput:
+        """One token for each of ``batch.sampled``.
 
         Raises:
             OutOfMemory: nothing of this step counts.

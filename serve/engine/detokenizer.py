@@ -30,6 +30,8 @@ class IncrementalDecoder:
         self._window: list[int] = []
         self._num_sent = 0  # characters of the window's text that were already returned
         self._boundary = 0  # last index in the window before which the text ends with a whole character
+        self.is_whole = True
+        """Whether the tokens so far end with a whole character."""
 
     def push(self, token_id: int) -> str:
         """Add one token; return the text that became certain."""
@@ -40,7 +42,8 @@ class IncrementalDecoder:
             certain = text
         piece = certain[self._num_sent :]
         self._num_sent = max(self._num_sent, len(certain))
-        if len(certain) == len(text):
+        self.is_whole = len(certain) == len(text)
+        if self.is_whole:
             self._shorten()
         return piece
 
@@ -99,10 +102,23 @@ class Detokenizer:
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._decoder = IncrementalDecoder(decode)
         self._checker = StopChecker(stop)
+        self.num_decoded = 0
+        """Characters of all tokens so far."""
+        self.num_released = 0
+        """Characters returned so far."""
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether everything that the tokens say was returned."""
+        return self._decoder.is_whole and self.num_released == self.num_decoded
 
     def push(self, token_id: int) -> tuple[str, str | None]:
         """Add one token; return new text and the stop string that ended it."""
-        return self._checker.push(self._decoder.push(token_id))
+        piece = self._decoder.push(token_id)
+        self.num_decoded += len(piece)
+        text, stop = self._checker.push(piece)
+        self.num_released += len(text)
+        return text, stop
 
     def flush(self) -> str:
         """Text still held back at the end.  An incomplete character is dropped, streamed or not."""

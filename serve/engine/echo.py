@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase
+from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
 from serve.engine.scheduler import Batch
 from serve.engine.worker import StepEngine
+from serve.types import MIN_LOGPROB, TokenLogprob
 
 EOS_TOKEN_ID = 256
 VOCAB_SIZE = 257
@@ -32,6 +33,8 @@ def decode(token_ids: Sequence[int]) -> str:
 class EchoRunner:
     """Repeats the prompt token by token, then ends the sequence."""
 
+    vocab_size = VOCAB_SIZE
+
     def __init__(self, config: EngineConfig, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
         self.num_slots = config.max_batch_size or NUM_SLOTS
         self.max_model_len = config.max_model_len or MAX_MODEL_LEN
@@ -51,13 +54,31 @@ class EchoRunner:
     def reseed(self) -> None:
         """Nothing here is random."""
 
-    def step(self, batch: Batch) -> list[int | None]:
-        """Sleep for ``step_s``, then give each sequence its next token."""
+    def step(self, batch: Batch) -> StepOutput:
+        """Sleep for ``step_s``, then give each sequence its next token, whatever its parameters say."""
         time.sleep(self._step_s)
-        return [self._next(sequence.prompt_token_ids, len(sequence.output_token_ids)) for sequence in batch.sampled]
+        sampled = batch.sampled
+        token_ids = [self._next(sequence.prompt_token_ids, len(sequence.output_token_ids)) for sequence in sampled]
+        logprobs = {
+            row: _certain(token_ids[row], sequence.params.logprobs)
+            for row, sequence in enumerate(sampled)
+            if sequence.params.logprobs is not None
+        }
+        prompt_logprobs = {
+            index: [_certain(token_id, num_top) for token_id in chunk.predicted]
+            for index, chunk in enumerate(batch.chunks)
+            if (num_top := chunk.sequence.params.prompt_logprobs) is not None
+        }
+        return StepOutput([*token_ids], logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _next(self, prompt: Sequence[int], num_output_tokens: int) -> int:
         return prompt[num_output_tokens] if num_output_tokens < len(prompt) else EOS_TOKEN_ID
+
+
+def _certain(token_id: int, num_top: int) -> TokenLogprob:
+    """One token has all the probability; the lowest other ids fill up the list."""
+    others = [(other, MIN_LOGPROB) for other in range(num_top + 1) if other != token_id]
+    return TokenLogprob(token_id, 0.0, ((token_id, 0.0), *others)[:num_top])
 
 
 class EchoEngine(StepEngine):

@@ -6,9 +6,10 @@ import importlib
 import logging
 import os
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase
+from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
 from serve.engine.device import (
     available_memory,
     available_ram,
@@ -22,7 +23,7 @@ from serve.engine.sizing import fit_cache
 from serve.engine.worker import StepEngine
 from serve.errors import ModelLoadError, OutOfMemory
 from serve.read_ahead import reading_ahead
-from serve.types import GenerationRequest, SamplingParams
+from serve.types import GenerationRequest, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from serve.engine.kv_cache import KVCache
@@ -48,6 +49,7 @@ class TransformersRunner:
         self._config = config
         self.num_slots = 0
         self.max_model_len = 0
+        self.vocab_size = 0
         self._threads = choose_threads(config.num_threads)
         self._threads_set_for: int | None = None
         self._prepared: Any = None
@@ -96,6 +98,7 @@ class TransformersRunner:
                 linear.pack(self._model)
         with phase("probe"), torch.inference_mode():
             seen = loader.probe(self._model, files.max_model_len)
+        self.vocab_size = int(self._model.config.get_text_config().vocab_size)
         with phase("kv_cache"):
             self._make_cache(seen, files.max_model_len)
         self.reseed()
@@ -155,7 +158,7 @@ class TransformersRunner:
         while scheduler.has_work:
             batch = scheduler.schedule()
             try:
-                token_ids = self.step(batch)
+                token_ids = self.step(batch).token_ids
             except OutOfMemory as error:
                 raise ModelLoadError(
                     f"no memory is left for a step of {num_tokens} tokens; lower SERVE_MAX_BATCH_SIZE"
@@ -167,8 +170,8 @@ class TransformersRunner:
             scheduler.complete(batch, [token_id or 0 for token_id in token_ids])
             scheduler.release()
 
-    def step(self, batch: Batch) -> list[int | None]:
-        """Run a batch: one token id for each of ``batch.sampled``, None where the logits were not finite.
+    def step(self, batch: Batch) -> StepOutput:
+        """Run a batch: one token for each of ``batch.sampled``.
 
         Raises:
             OutOfMemory: nothing of this step counts; cached keys and values stay valid.
@@ -179,8 +182,7 @@ class TransformersRunner:
         try:
             with torch.inference_mode():
                 self._cache.move(batch.moves)
-                logits = self._forward(batch)
-                return self._sampler.sample(logits, batch.sampled) if batch.sampled else []
+                return self._outcome(batch, self._forward(batch))
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in SHORTAGES):
                 raise
@@ -189,8 +191,24 @@ class TransformersRunner:
             torch.cuda.empty_cache()
         raise OutOfMemory(f"the {self._device.value.type} has no memory left for this request; try again or shorten it")
 
+    def _outcome(self, batch: Batch, logits: Any) -> StepOutput:
+        """Tokens from the first rows of ``logits``, log-probabilities of prompts from the others."""
+        from serve.engine.logprobs import token_logprobs  # noqa: PLC0415
+
+        sampled = batch.sampled
+        output = self._sampler.sample(logits[: len(sampled)], sampled) if sampled else StepOutput([])
+        prompts: dict[int, list[TokenLogprob]] = {}
+        begin = len(sampled)
+        for index, chunk in enumerate(batch.chunks):
+            num_top = chunk.sequence.params.prompt_logprobs
+            if num_top is not None:
+                rows = logits[begin : begin + len(chunk.predicted)]
+                prompts[index] = token_logprobs(rows, chunk.predicted, [num_top] * len(chunk.predicted))
+                begin += len(chunk.predicted)
+        return replace(output, prompt_logprobs=prompts) if prompts else output
+
     def _forward(self, batch: Batch) -> Any:
-        """Logits ``[num_sampled, vocab_size]``."""
+        """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens."""
         import torch  # noqa: PLC0415
 
         from serve.engine.attention import make_context  # noqa: PLC0415
@@ -198,11 +216,16 @@ class TransformersRunner:
         token_ids = [_last_token(sequence) for sequence in batch.decodes]
         positions = [sequence.num_computed_tokens for sequence in batch.decodes]
         wanted = list(range(len(batch.decodes)))
+        for_prompts: list[int] = []
         for chunk in batch.chunks:
             token_ids += chunk.sequence.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens]
             positions += range(chunk.start, chunk.start + chunk.num_tokens)
             if chunk.completes_prompt:
                 wanted.append(len(token_ids) - 1)
+            if chunk.sequence.params.prompt_logprobs is not None:
+                begin = len(token_ids) - chunk.num_tokens
+                for_prompts += range(begin, begin + len(chunk.predicted))
+        wanted += for_prompts
         device = self._device.value
         return self._model(
             input_ids=torch.tensor([token_ids], device=device),

@@ -2,99 +2,92 @@
 
 from __future__ import annotations
 
-import math
+import random
 from collections.abc import Sequence as Seq
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from serve.engine.base import StepOutput
+from serve.engine.drawing import POINT_BITS, pick, seeded_point, weights_of
+from serve.engine.logits import LogitChanges
+from serve.engine.logprobs import token_logprobs
 from serve.engine.scheduler import Sequence
-
-NEGATIVE_INFINITY = float("-inf")
-TRIM_WIDTH = 1024
-"""A nucleus nearly always lies within this many tokens; only when it does not is the vocabulary sorted."""
 
 
 class Sampler:
-    """Draws by racing exponential clocks: the token whose ``probability / clock`` is largest wins.
+    """Draws each row at one random point; the point of a row with a seed depends on seed and step alone.
 
-    A row with a seed gets the clocks of its seed and step, one for each token of the vocabulary, so that it draws
-    the same alone and in any batch.
+    What a row does not ask for costs it nothing.
 
     Args:
         device: Where the logits are.
-        seed: Of the generator that rows without a seed share.
+        seed: Of the numbers that rows without a seed share.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._device = device
-        self._shared = torch.Generator(device).manual_seed(seed)
+        self._shared = random.Random(seed)  # noqa: S311 - no secret depends on it
+        self._changes = LogitChanges(device)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int | None]:
-        """One token id for each row of ``logits`` (``[num_sequences, vocab_size]``); None: not finite."""
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> StepOutput:
+        """One token for each row of ``logits`` (``[num_sequences, vocab_size]``)."""
         top, chosen = logits.max(dim=-1)
-        whole: list[int] = []
-        trimmed: list[int] = []
+        is_finite = torch.isfinite(top)
+        plain: list[int] = []
+        changed: list[int] = []
         for row, sequence in enumerate(sequences):
-            params = sequence.request.params
-            if not params.is_greedy:
-                (trimmed if params.top_k or params.top_p < 1.0 else whole).append(row)
-        if whole:
-            chosen[whole] = self._draw_whole(logits[whole].float(), [sequences[row] for row in whole])
-        if trimmed:
-            chosen[trimmed] = self._draw_trimmed(logits[trimmed].float(), [sequences[row] for row in trimmed])
-        token_ids = cast("list[int]", cast("Any", chosen).tolist())
-        finite = cast("list[bool]", cast("Any", torch.isfinite(top)).tolist())
-        return [token_id if ok else None for token_id, ok in zip(token_ids, finite, strict=True)]
+            (changed if sequence.changes_logits or sequence.awaits_min_tokens else plain).append(row)
+        self._draw(logits, sequences, plain, chosen)
+        errors: dict[int, Any] = {}
+        if changed:
+            own = [sequences[row] for row in changed]
+            values = logits[changed].float()
+            self._changes.apply(values, own)
+            own_top, own_chosen = values.max(dim=-1)
+            self._draw(values, own, range(len(own)), own_chosen)
+            chosen[changed] = own_chosen
+            is_finite[changed] &= torch.isfinite(own_top)
+            errors = {changed[row]: error for row, error in self._changes.errors.items()}
+        drawn = cast("list[int]", cast("Any", chosen).tolist())
+        finite = cast("list[bool]", cast("Any", is_finite).tolist())
+        ids = [drawn[row] if finite[row] and row not in errors else None for row in range(len(drawn))]
+        return StepOutput(ids, errors, self._logprobs(logits, sequences, ids))
 
-    def _draw_whole(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-        logits = logits / self._temperatures(sequences)
-        return self._race(logits, sequences, None, logits.shape[1])
+    def _logprobs(self, logits: Tensor, sequences: Seq[Sequence], ids: list[int | None]) -> dict[int, Any]:
+        asked = [
+            (row, token_id, sequence.params.logprobs)
+            for row, (sequence, token_id) in enumerate(zip(sequences, ids, strict=True))
+            if sequence.params.logprobs is not None and token_id is not None
+        ]
+        if not asked:
+            return {}
+        rows, token_ids, num_top = zip(*asked, strict=True)
+        return dict(zip(rows, token_logprobs(logits[list(rows)], token_ids, num_top), strict=True))
 
-    def _draw_trimmed(self, logits: Tensor, sequences: Seq[Sequence], width: int = TRIM_WIDTH) -> Tensor:
-        """Draw from the ``width`` most likely tokens, wider when some row's nucleus does not lie in them."""
+    def _draw(self, logits: Tensor, sequences: Seq[Sequence], rows: Seq[int], chosen: Tensor) -> None:
+        """Write the tokens of those ``rows`` that are not greedy into ``chosen``."""
+        drawn = [row for row in rows if not sequences[row].params.is_greedy]
+        if not drawn:
+            return
+        own = [sequences[row] for row in drawn]
+        params = [sequence.params for sequence in own]
         vocab_size = logits.shape[1]
-        params = [sequence.request.params for sequence in sequences]
-        width = min(vocab_size, max(width, *(p.top_k for p in params)))
-        scaled = logits / self._temperatures(sequences)
-        kept, token_ids = scaled.topk(width, dim=-1)
-        ranks = torch.arange(width, device=self._device)[None, :]
-        limits = self._column([p.top_k or vocab_size for p in params])
-        kept = kept.masked_fill(ranks >= limits, NEGATIVE_INFINITY)
-        has_top_k = self._column([p.top_k for p in params]) > 0
-        total = torch.where(has_top_k, kept.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
-        mass = (kept - total).exp().cumsum(dim=-1)
-        top_p = self._column([p.top_p for p in params])
-        if width < vocab_size and bool(((mass[:, -1:] < top_p) & ~has_top_k).any()):
-            return self._draw_trimmed(logits, sequences, vocab_size)
-        before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=-1)
-        kept = kept.masked_fill((before >= top_p) & (ranks > 0), NEGATIVE_INFINITY)
-        return self._race(kept, sequences, token_ids, vocab_size)
+        scaled = logits[drawn].float().div_(self._column([p.temperature for p in params]))
+        is_trimmed = any(p.top_k or p.top_p < 1.0 for p in params)
+        weights = weights_of(
+            scaled,
+            self._column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64) if is_trimmed else None,
+            self._column([p.top_p for p in params]) if is_trimmed else None,
+            self._column([p.min_p for p in params]) if any(p.min_p for p in params) else None,
+        )
+        chosen[drawn] = pick(weights, self._column([self._point(sequence) for sequence in own], torch.float64))
 
-    def _race(self, logits: Tensor, sequences: Seq[Sequence], token_ids: Tensor | None, vocab_size: int) -> Tensor:
-        """The winners; ``token_ids`` names the columns of ``logits``, or they are the whole vocabulary."""
-        min_p = [sequence.request.params.min_p for sequence in sequences]
-        if any(min_p):
-            floor = logits.amax(-1, keepdim=True) + self._column([math.log(p) if p else -math.inf for p in min_p])
-            logits = logits.masked_fill(logits < floor, NEGATIVE_INFINITY)
-        clocks = torch.empty_like(logits).exponential_(generator=self._shared)
-        for row, sequence in enumerate(sequences):
-            if sequence.request.params.seed is not None:
-                own = self._seeded_clocks(sequence, vocab_size)
-                clocks[row] = own if token_ids is None else own[token_ids[row]]
-        winners = (logits - clocks.log()).argmax(dim=-1, keepdim=True)
-        return (winners if token_ids is None else token_ids.gather(1, winners)).squeeze(1)
+    def _point(self, sequence: Sequence) -> float:
+        if sequence.params.seed is None:
+            return self._shared.getrandbits(POINT_BITS) / 2**POINT_BITS
+        return seeded_point(sequence.params.seed, len(sequence.output_token_ids))
 
-    def _seeded_clocks(self, sequence: Sequence, vocab_size: int) -> Tensor:
-        seed, step = sequence.request.params.seed or 0, len(sequence.output_token_ids)
-        # Odd multipliers spread neighbouring seeds and steps over the generator's 63 bits.
-        mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % 2**63
-        generator = torch.Generator(self._device).manual_seed(mixed)
-        return torch.empty(vocab_size, device=self._device).exponential_(generator=generator)
-
-    def _temperatures(self, sequences: Seq[Sequence]) -> Tensor:
-        return self._column([sequence.request.params.temperature for sequence in sequences])
-
-    def _column(self, values: Seq[float]) -> Tensor:
-        return torch.tensor(values, device=self._device, dtype=torch.float32)[:, None]
+    def _column(self, values: Seq[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, device=self._device, dtype=dtype)[:, None]

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
-from serve.types import FinishReason, GenerationRequest, Usage
+from serve.types import FinishReason, GenerationRequest, Grammar, SamplingParams, Usage
+
+PROMPT_LOGPROB_TOKENS = 64
+"""Of a prompt whose log-probabilities are asked for, at most this many tokens a step: each gives a row of logits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +29,22 @@ class Sequence:
     """Tokens whose keys and values are in the cache."""
     output_token_ids: list[int] = field(default_factory=list[int])
     finish_reason: FinishReason | None = None
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens that end this sequence."""
+    grammar: Grammar | None = None
+    sampler_state: Any = None
+    """What the sampler remembers of this sequence."""
+    params: SamplingParams = field(init=False)
+    changes_logits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = self.request.params
+        self.changes_logits = self.params.changes_logits
+
+    @property
+    def awaits_min_tokens(self) -> bool:
+        """Whether it is too early for a token that ends this sequence."""
+        return len(self.output_token_ids) < self.params.min_tokens
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -54,6 +74,11 @@ class Chunk:
     def completes_prompt(self) -> bool:
         """Whether this chunk's last token gives the first logits."""
         return self.start + self.num_tokens == len(self.sequence.prompt_token_ids)
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The prompt tokens that its logits predict: those after its own, but the last chunk's last predicts none."""
+        return self.sequence.prompt_token_ids[self.start + 1 : self.start + self.num_tokens + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +118,9 @@ class Scheduler:
 
     def add(self, request: GenerationRequest) -> Sequence:
         """Queue a request behind the others."""
-        sequence = Sequence(request)
+        params = request.params
+        end_token_ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self._eos_token_ids
+        sequence = Sequence(request, end_token_ids=end_token_ids)
         self.waiting.append(sequence)
         return sequence
 
@@ -106,21 +133,27 @@ class Scheduler:
         """Choose the next step's work: all running sequences, and prompts up to the token budget."""
         budget = self._chunk_tokens
         chunks: list[Chunk] = []
-        for sequence in self.prefilling:
-            if budget:
-                chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].num_tokens
-        while budget and self.waiting and len(self.running) + len(self.prefilling) < self.num_slots:
-            sequence = self.waiting.popleft()
-            sequence.slot = len(self.running) + len(self.prefilling)
-            self.prefilling.append(sequence)
+        prefilling = iter(tuple(self.prefilling))
+        while budget and (sequence := next(prefilling, None) or self._admit()):
             chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].num_tokens
+            # Prompts are completed in order, since their slots follow those of the running sequences in order.
+            budget = budget - chunks[-1].num_tokens if chunks[-1].completes_prompt else 0
         moves, self._moves = tuple(self._moves), []
         return Batch(moves, tuple(self.running), tuple(chunks))
 
+    def _admit(self) -> Sequence | None:
+        num_taken = len(self.running) + len(self.prefilling)
+        if not self.waiting or num_taken == self.num_slots:
+            return None
+        sequence = self.waiting.popleft()
+        sequence.slot = num_taken
+        self.prefilling.append(sequence)
+        return sequence
+
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.num_computed_tokens
+        if sequence.params.prompt_logprobs is not None:
+            budget = min(budget, PROMPT_LOGPROB_TOKENS)
         return Chunk(sequence, start, min(budget, len(sequence.prompt_token_ids) - start))
 
     def complete(self, batch: Batch, token_ids: list[int]) -> None:
@@ -133,10 +166,11 @@ class Scheduler:
         for chunk in batch.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens
         for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
+            is_early = sequence.awaits_min_tokens and sequence.grammar is None
             sequence.output_token_ids.append(token_id)
-            if token_id in self._eos_token_ids:
+            if token_id in sequence.end_token_ids and not is_early:
                 sequence.finish_reason = FinishReason.STOP
-            elif len(sequence.output_token_ids) == sequence.request.params.max_tokens:
+            elif len(sequence.output_token_ids) == sequence.params.max_tokens:
                 sequence.finish_reason = FinishReason.LENGTH
         prefilled = [sequence for sequence in self.prefilling if sequence.is_prefilled]
         self.running += prefilled

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, TokenStream
-from serve.engine.detokenizer import Detokenizer
+from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, check_vocabulary
+from serve.engine.live import GRAMMAR_FAILED, LiveRequest
 from serve.engine.scheduler import Batch, Scheduler, Sequence
 from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
 from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
@@ -39,15 +39,6 @@ class _FailWaiting:
     error: ServeError
 
 
-@dataclass(slots=True)
-class _Live:
-    sequence: Sequence
-    detokenizer: Detokenizer
-    submitted_at: float
-    queue_s: float | None = None
-    has_sent: bool = False
-
-
 _Command = _Add | _Abort | _FailWaiting | None
 _Events = list[tuple[str, TokenEvent]]
 
@@ -63,7 +54,7 @@ class StepEngine:
         self._early: dict[str, _Add] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._scheduler: Scheduler | None = None
         self._num_steps = 0
 
@@ -71,6 +62,11 @@ class StepEngine:
     def max_model_len(self) -> int | None:
         """Tokens of prompt and completion together; ``None`` before ``load``."""
         return self._runner.max_model_len if self._files else None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this; ``None`` before ``load``."""
+        return self._runner.vocab_size if self._files else None
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """What can be done before a memory snapshot; blocking."""
@@ -92,7 +88,7 @@ class StepEngine:
         self._scheduler = Scheduler(
             num_slots=self._runner.num_slots,
             prefill_chunk_tokens=self._config.prefill_chunk_tokens,
-            eos_token_ids=self._files.eos_token_ids,
+            eos_token_ids=frozenset(token for token in self._files.eos_token_ids if token < self._runner.vocab_size),
         )
         for command in self._early.values():
             self._commands.put(command)
@@ -222,33 +218,54 @@ class StepEngine:
                     self._add(scheduler, files, command, events)
 
     def _add(self, scheduler: Scheduler, files: ModelFiles, command: _Add, events: _Events) -> None:
-        request, room = command.request, self._runner.max_model_len
+        request = command.request
+        try:
+            request = self._fitted(request)
+            grammar = request.params.grammar() if request.params.grammar else None
+        except ServeError as error:
+            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
+            return
+        except Exception as error:
+            logger.error("The grammar of request %s failed: %s", request.request_id, type(error).__name__)
+            failed = GenerationFailed(GRAMMAR_FAILED)
+            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=failed)))
+            return
+        sequence = scheduler.add(request)
+        sequence.grammar = grammar
+        self._live[request.request_id] = LiveRequest(sequence, files.decode, command.submitted_at)
+
+    def _fitted(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with a limit that its slot can hold.
+
+        Raises:
+            ContextLengthExceeded: prompt and completion do not fit.
+            InvalidRequest: a token id is outside the vocabulary.
+        """
+        check_vocabulary(request, self._runner.vocab_size)
+        room = self._runner.max_model_len
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if num_prompt_tokens + (max_tokens or 1) > room:
             asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
             message = f"the context is {room} tokens, but the prompt has {num_prompt_tokens}{asked}; shorten it"
-            error = ContextLengthExceeded(message, param="messages")
-            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
-            return
-        if max_tokens is None:
-            request = replace(request, params=replace(request.params, max_tokens=room - num_prompt_tokens))
-        detokenizer = Detokenizer(files.decode, request.params.stop)
-        self._live[request.request_id] = _Live(scheduler.add(request), detokenizer, command.submitted_at)
+            raise ContextLengthExceeded(message, param="messages")
+        if max_tokens is not None:
+            return request
+        return replace(request, params=replace(request.params, max_tokens=room - num_prompt_tokens))
 
     def _step(self, scheduler: Scheduler) -> Iterable[tuple[str, TokenEvent]]:
         batch = scheduler.schedule()
         now = time.perf_counter()
         for chunk in batch.chunks:
-            live = self._live[chunk.sequence.request.request_id]
-            if live.queue_s is None:
-                live.queue_s = now - live.submitted_at
+            self._live[chunk.sequence.request.request_id].begin(now)
         try:
-            token_ids = self._runner.step(batch)
+            output = self._runner.step(batch)
         except OutOfMemory as error:
             return self._shed(batch, error)
         self._num_steps += 1
-        scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in token_ids])
-        return [self._event(sequence, token_id) for sequence, token_id in zip(batch.sampled, token_ids, strict=True)]
+        scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in output.token_ids])
+        for index, logprobs in output.prompt_logprobs.items():
+            self._live[batch.chunks[index].sequence.request.request_id].add_prompt_logprobs(logprobs)
+        return [self._event(sequence, row, output) for row, sequence in enumerate(batch.sampled)]
 
     def _shed(self, batch: Batch, error: OutOfMemory) -> _Events:
         """Give up the newest work of a step that did not fit; the rest is tried again."""
@@ -256,32 +273,20 @@ class StepEngine:
         logger.warning("Out of memory in a step: %d of %d requests given up", len(newest), len(self._live))
         return [self._end_with(sequence, error) for sequence in newest]
 
-    def _event(self, sequence: Sequence, token_id: int | None) -> tuple[str, TokenEvent]:
-        request_id = sequence.request.request_id
+    def _event(self, sequence: Sequence, row: int, output: StepOutput) -> tuple[str, TokenEvent]:
+        token_id = output.token_ids[row]
         if token_id is None:
-            return self._end_with(sequence, GenerationFailed("the model's logits for this request are not finite"))
-        live = self._live[request_id]
-        text, stop = "", None
-        if sequence.finish_reason is not FinishReason.STOP:
-            try:
-                text, stop = live.detokenizer.push(token_id)
-            except Exception as error:
-                # Its words may hold the text.
-                logger.error("Decoding the tokens of request %s failed: %s", request_id, type(error).__name__)
-                return self._end_with(sequence, GenerationFailed("the model's tokens cannot be decoded"))
-            if stop is not None:
-                sequence.finish_reason = FinishReason.STOP
+            not_finite = GenerationFailed("the model's logits for this request are not finite")
+            return self._end_with(sequence, output.errors.get(row, not_finite))
+        request_id = sequence.request.request_id
+        try:
+            event = self._live[request_id].event(token_id, output.logprobs.get(row))
+        except GenerationFailed as error:
+            return self._end_with(sequence, error)
         if sequence.finish_reason is not None:
-            text += live.detokenizer.flush()
             del self._live[request_id]
-        queue_s, live.has_sent = (None if live.has_sent else live.queue_s), True
-        usage = sequence.usage if sequence.finish_reason else None
-        return request_id, TokenEvent(
-            text=text, token_id=token_id, finish_reason=sequence.finish_reason, stop=stop, usage=usage, queue_s=queue_s
-        )
+        return request_id, event
 
     def _end_with(self, sequence: Sequence, error: ServeError) -> tuple[str, TokenEvent]:
-        sequence.finish_reason = FinishReason.ERROR
         request_id = sequence.request.request_id
-        del self._live[request_id]
-        return request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error, usage=sequence.usage)
+        return request_id, self._live.pop(request_id).failure(error)

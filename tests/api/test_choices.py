@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from support import chat, eventually, openai_error, scripted_engine, serving, sse_chunks
 
-from serve.engine.base import EngineConfig
+from serve.engine.base import EngineConfig, StepOutput
 from serve.engine.echo import EchoEngine, EchoRunner
 from serve.engine.scheduler import Batch
 from serve.engine.worker import StepEngine
@@ -23,7 +22,7 @@ COMPLETIONS = "/v1/chat/completions"
 class SeedRunner(EchoRunner):
     """Answers with its own seed and then with as many letters."""
 
-    def step(self, batch: Batch) -> Sequence[int | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, batch: Batch) -> StepOutput:
         self.steps = getattr(self, "steps", 0) + 1
         tokens: list[int | None] = []
         for sequence in batch.sampled:
@@ -31,13 +30,13 @@ class SeedRunner(EchoRunner):
             words = f"{seed}" + "z" * (seed % 10)
             at = len(sequence.output_token_ids)
             tokens.append(ord(words[at]) if at < len(words) else 256)
-        return tokens
+        return StepOutput(tokens)
 
 
 @pytest.fixture(scope="module")
 def seeded() -> Any:
     config = EngineConfig(max_batch_size=3)
-    with serving(StepEngine(config, SeedRunner(config))) as served, httpx.Client(base_url=served.url) as client:  # pyright: ignore[reportArgumentType]
+    with serving(StepEngine(config, SeedRunner(config))) as served, httpx.Client(base_url=served.url) as client:
         yield client
 
 

@@ -132,10 +132,18 @@ async def test_row_of_nan_fails_alone(loaded):
 
 async def test_step_that_raises_ends_every_request_with_engine_dead(loaded):
     deaths = []
-    async with loaded.running(deaths) as engine:
-        stream = engine.submit(request([10**6], SamplingParams(max_tokens=8)))  # outside the vocabulary
-        with pytest.raises(Exception, match="engine stopped"):
-            await collect(stream)
+
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError
+
+    hook = loaded.runner._model.register_forward_pre_hook(break_down)
+    try:
+        async with loaded.running(deaths) as engine:
+            stream = engine.submit(request([5], SamplingParams(max_tokens=8)))
+            with pytest.raises(Exception, match="engine stopped"):
+                await collect(stream)
+    finally:
+        hook.remove()
     assert len(deaths) == 1
 
 

@@ -164,6 +164,9 @@ class Bytes:
     def token_id(self, token):
         return None
 
+    def token_bytes(self, token_id):
+        return bytes((token_id,))
+
 
 MIXED = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
 

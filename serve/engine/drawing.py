@@ -1,0 +1,105 @@
+"""Drawing a token: one random point for each row, and where it lies among the row's weights.
+
+A row's result depends on its own logits and point alone, never on its neighbours or on how equal logits are sorted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+BLOCK = 64
+POINT_BITS = 50
+"""Fewer than a float64 holds: a point times a sum is then less than the sum."""
+WIDTHS = (128, 2048)
+"""A nucleus nearly always lies within so many tokens; only when it does not is the whole vocabulary sorted."""
+
+WORD = 2**64
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def seeded_point(seed: int, step: int) -> float:
+    """A number from 0 to below 1 for one step of a seeded row: output ``step`` of SplitMix64, begun at a mixed seed."""
+    return (_mix((_mix((seed + GOLDEN) % WORD) + step * GOLDEN) % WORD) >> (64 - POINT_BITS)) / 2**POINT_BITS
+
+
+def _mix(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % WORD
+    return value ^ (value >> 31)
+
+
+def weights_of(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """Probabilities up to a factor for each row, 0 for what is cut off.
+
+    Args:
+        scaled: ``[n, vocab_size]``, logits divided by temperature, float32.
+        top_k: ``[n, 1]``, the vocabulary's size to keep all.  None when no row asks.
+        top_p: ``[n, 1]``, 1.0 to keep all; of what ``top_k`` keeps.
+        min_p: ``[n, 1]``, 0.0 to keep all; relative to the most likely token.
+
+    Tokens that are as likely as the last one kept are kept too.
+    """
+    best = scaled.amax(-1, keepdim=True)
+    weights = (scaled - best).exp_()
+    cutoff = None if min_p is None else best + min_p.log()
+    if top_k is not None and top_p is not None:
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        found = _cutoffs(scaled, best, total, top_k, top_p)
+        cutoff = found if cutoff is None else torch.maximum(cutoff, found)
+    return weights if cutoff is None else weights.masked_fill_(scaled < cutoff, 0.0)
+
+
+def _cutoffs(scaled: Tensor, best: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit of each row that ``top_k`` and ``top_p`` keep; narrow looks first."""
+    vocab_size = scaled.shape[1]
+    found = torch.full_like(best, float("-inf"))
+    asked = cast("list[bool]", cast("Any", ((top_k < vocab_size) | (top_p < 1.0)).flatten()).tolist())
+    rows = [row for row, is_asked in enumerate(asked) if is_asked]
+    for width in (*(width for width in WIDTHS if width < vocab_size), vocab_size):
+        if rows:
+            cut, is_known = _cut(scaled[rows], best[rows], total[rows], top_k[rows], top_p[rows], width)
+            found[rows] = cut
+            known = cast("list[bool]", cast("Any", is_known.flatten()).tolist())
+            rows = [row for row, is_done in zip(rows, known, strict=True) if not is_done]
+    return found
+
+
+def _cut(
+    scaled: Tensor, best: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """The smallest logit kept, and whether the largest ``width`` logits suffice to know it."""
+    values = scaled.topk(width, dim=-1).values
+    mass = (values - best).exp_().cumsum(dim=-1, dtype=torch.float64)
+    last = (top_k - 1).clamp(max=width - 1)
+    is_limited = top_k < scaled.shape[1]
+    enough = top_p * torch.where(is_limited, mass.gather(1, last), total)
+    reaching = torch.searchsorted(mass, enough)
+    # Rounding must not cut what top_p = 1 keeps.
+    reaching = torch.where(top_p < 1.0, reaching, torch.where(is_limited, last, width))
+    is_known = (torch.where(is_limited, top_k, 0) <= width) & ((reaching < width) | (width == scaled.shape[1]))
+    return values.gather(1, torch.minimum(reaching, last).clamp(max=width - 1)), is_known
+
+
+def pick(weights: Tensor, points: Tensor) -> Tensor:
+    """For each row the token at its point: ``[n]`` from ``[n, vocab_size]`` weights and ``[n, 1]`` float64 points.
+
+    In two levels, since a running sum over the whole vocabulary is the slowest part of drawing.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    block, rest = _locate(blocks.sum(-1), points)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
+    return (block * BLOCK + _locate(inside, rest)[0]).squeeze(1)
+
+
+def _locate(weights: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The column at each point, never one of weight 0, and where in that column the point lies."""
+    ends = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = points * ends[:, -1:]
+    column = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[1] - 1)
+    own = weights.gather(1, column).double()
+    rest = (target - ends.gather(1, column) + own) / own
+    return column, rest.clamp_(0.0, 1.0 - 2.0**-POINT_BITS)
