@@ -165,7 +165,7 @@ class Lifecycle:
             if loop.is_closed():  # the server ended while the model was loading
                 return
             with suppress(RuntimeError):  # the loop is closed already
-                loop.call_soon_threadsafe(self._fail, load_failure(error))
+                loop.call_soon_threadsafe(self.fail, load_failure(error))
 
     # On the event loop.
 
@@ -177,12 +177,13 @@ class Lifecycle:
         if self._is_closed:  # too late: nobody would stop an engine that starts now
             return
         total = self._cold_start.end()
-        self.engine.start(self._fail)
+        self.engine.start(self.fail)
         if self.state is State.LOADING:
             self.state = State.READY
             logger.info("Ready after %.2f s", total, extra={"phases": dict(self.phases)})
 
-    def _fail(self, error: ServeError) -> None:
+    def fail(self, error: ServeError) -> None:
+        """The model cannot be served (any more): end every request, tell whoever runs the server."""
         self.state, self.failure = State.DEAD, error
         self._tokenizer_known.set()
         self.engine.fail_all(error)
@@ -279,7 +280,7 @@ class Lifecycle:
         error = ShuttingDown("the server is shutting down; try again", retry_after=RETRY_AFTER_DRAINING_S)
         self.engine.fail_waiting(error)
         self._tokenizer_known.set()  # who waits for it learns of the shutdown
-        while self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - the engine's thread empties it
+        while self.state is not State.DEAD and self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.02)
         self.engine.fail_all(error)
         self.is_drained = True

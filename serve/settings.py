@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     stream_writes_per_s: int | None = Field(
         None, ge=1, description="Writes to all streams together; faster tokens share one. Default: no limit."
     )
+    step_timeout_s: float = Field(
+        300.0, gt=0, le=86400, description="Seconds after which a step of the engine hangs: the process ends with 70."
+    )
     drain_timeout_s: float = Field(25.0, ge=0, le=3600, description="Seconds that running requests get on SIGTERM.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")

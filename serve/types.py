@@ -178,9 +178,16 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot of the engine's load."""
+    """A snapshot of the engine's load and of its signs of life.
+
+    ``step_age_s`` is how long the present step has been running, 0.0 between steps; ``token_age_s`` the time since the
+    last token of any request; ``num_bad_steps`` how many of the last steps, in a row, gave no finite row of logits.
+    """
 
     num_waiting: int
     num_running: int
     num_slots: int
     num_steps: int = 0
+    step_age_s: float = 0.0
+    token_age_s: float = 0.0
+    num_bad_steps: int = 0

@@ -19,6 +19,7 @@ from serve.engine.base import Engine
 from serve.lifecycle import Lifecycle
 from serve.settings import EngineName, Settings, load_settings
 from serve.source import choose_origin
+from serve.watchdog import Watchdog
 
 
 def create_engine(settings: Settings) -> Engine:
@@ -94,6 +95,7 @@ def create_app(
     app.state.settings = settings
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
+    app.state.watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
     install_handlers(app)
     for router in (chat.router, models.router, health.router, pages.router):
         app.include_router(router)
@@ -104,8 +106,11 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     lifecycle: Lifecycle = app.state.lifecycle
+    watchdog: Watchdog = app.state.watchdog
     lifecycle.start()
+    watchdog.start()
     yield
+    watchdog.stop()
     # Whoever runs the app may have drained it already (serve.server does); then this returns at once.
     await lifecycle.drain(0.0 if lifecycle.is_drained else app.state.settings.drain_timeout_s)
     await lifecycle.close()

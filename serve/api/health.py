@@ -11,6 +11,7 @@ from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.schemas.common import ErrorResponse, Health, Version
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
 from serve.settings import Settings
+from serve.watchdog import Watchdog
 
 router = APIRouter(tags=["health"])
 
@@ -30,9 +31,10 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready", summary="Ready?", response_model=Health, responses={503: {"model": Health}})
 async def ready(request: Request) -> Response:
-    """200 when requests are answered at once; else 503, with Retry-After while loading."""
+    """200 when requests are answered at once, an idle engine having to prove it with a token; else 503."""
     body = _health(request)
-    if body.status == State.READY:
+    watchdog: Watchdog = request.app.state.watchdog
+    if body.status == State.READY and watchdog.is_answering():
         return JSONResponse(body.model_dump())
     headers = {"retry-after": str(int(RETRY_AFTER_LOADING_S))}
     return JSONResponse(body.model_dump(), 503, headers)

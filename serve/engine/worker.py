@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, check_vocabulary
 from serve.engine.live import GRAMMAR_FAILED, LiveRequest
+from serve.engine.pulse import Pulse
 from serve.engine.scheduler import Batch, Scheduler, Sequence
 from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
 from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
@@ -57,6 +58,7 @@ class StepEngine:
         self._live: dict[str, LiveRequest] = {}
         self._scheduler: Scheduler | None = None
         self._num_steps = 0
+        self._pulse = Pulse()
 
     @property
     def max_model_len(self) -> int | None:
@@ -151,13 +153,16 @@ class StepEngine:
             num_running=num_running,
             num_slots=self._runner.num_slots if self._files else 0,
             num_steps=self._num_steps,
+            step_age_s=self._pulse.step_age_s,
+            token_age_s=self._pulse.token_age_s,
+            num_bad_steps=self._pulse.num_bad_steps,
         )
 
     async def close(self) -> None:
         """Stop the thread after its current step."""
         if self._thread is not None:
             self._commands.put(None)
-            await asyncio.to_thread(self._thread.join, 10.0)
+            await asyncio.to_thread(self._thread.join, self._pulse.patience_s)
 
     def _deliver(self, events: _Events) -> None:
         for request_id, event in events:
@@ -258,10 +263,12 @@ class StepEngine:
         for chunk in batch.chunks:
             self._live[chunk.sequence.request.request_id].begin(now)
         try:
-            output = self._runner.step(batch)
+            with self._pulse.step():
+                output = self._runner.step(batch)
         except OutOfMemory as error:
             return self._shed(batch, error)
         self._num_steps += 1
+        self._pulse.saw(output)
         scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in output.token_ids])
         for index, logprobs in output.prompt_logprobs.items():
             self._live[batch.chunks[index].sequence.request.request_id].add_prompt_logprobs(logprobs)

@@ -24,6 +24,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/scheduler.py": TORCH | {"asyncio", "threading"},
     "serve/engine/detokenizer.py": TORCH | {"asyncio", "threading"},
     "serve/engine/live.py": TORCH | {"asyncio", "threading"},
+    "serve/engine/pulse.py": TORCH | {"asyncio"},
     "serve/engine/sizing.py": TORCH,
     "serve/engine/worker.py": TORCH,
     "serve/engine/echo.py": TORCH | {"asyncio"},
@@ -39,6 +40,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/device.py": {"asyncio", "threading"},
     "serve/chat": {"serve.api", "serve.engine", "serve.settings", "serve.lifecycle", "torch"} | WEB,
     "serve/api": TORCH,
+    "serve/watchdog.py": TORCH | WEB | {"serve.api"},
     "serve/lifecycle.py": TORCH | WEB | {"serve.api"},
     "trimaran": {"deploy"},
 }

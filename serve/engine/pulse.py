@@ -1,0 +1,56 @@
+"""What the step loop leaves behind for others to see that it is alive.
+
+Written by the engine's thread, read by the event loop; single attributes, so that no lock is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from serve.engine.base import StepOutput
+
+LAST_STEP_S = 10.0
+
+
+class Pulse:
+    """When the present step began, when the last token came, and how many steps in a row were good for nothing."""
+
+    def __init__(self) -> None:
+        self.num_bad_steps = 0
+        self._step_began: float | None = None
+        self._token_at = time.monotonic()
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Around the computation of one step."""
+        self._step_began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._step_began = None
+
+    def saw(self, output: StepOutput) -> None:
+        """Note what a step gave.  A row that failed for a reason of its own says nothing about the model."""
+        told = [token_id for row, token_id in enumerate(output.token_ids) if row not in output.errors]
+        if any(token_id is not None for token_id in told):
+            self.num_bad_steps, self._token_at = 0, time.monotonic()
+        elif told:
+            self.num_bad_steps += 1
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds that the present step has been running; 0.0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds to wait for the present step when the engine is closed; a step that has had them already hangs."""
+        return 0.0 if self.step_age_s > LAST_STEP_S else LAST_STEP_S
+
+    @property
+    def token_age_s(self) -> float:
+        """Seconds since the last token of any request, or since the engine was made."""
+        return time.monotonic() - self._token_at

@@ -1,0 +1,98 @@
+"""Is the engine alive?  Ends a server whose step hangs or whose model gives nothing but rubbish, so that the platform
+replaces it; and asks an engine that has been idle for a token before the server goes on calling itself ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+
+from serve.engine.base import Engine
+from serve.errors import EngineDead, GenerationFailed, ServeError
+from serve.types import GenerationRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+QUIET_S = 120.0
+"""After so long without a token, being ready has to be proven again."""
+
+CANARY_LIMIT_S = 10.0
+"""A canary's token takes milliseconds on a GPU and less than a second on a CPU."""
+
+BAD_STEPS = 3
+"""So many steps in a row without one finite row: is it the requests, or the model?  A canary tells."""
+
+
+class Watchdog:
+    """Looks at the engine's pulse from the event loop.
+
+    Args:
+        engine: Started.
+        step_timeout_s: A step that takes longer hangs.
+        die: Called once with the reason, when the server cannot go on.
+    """
+
+    def __init__(self, engine: Engine, step_timeout_s: float, die: Callable[[ServeError], None]) -> None:
+        self._engine = engine
+        self._step_timeout_s = step_timeout_s
+        self._die = die
+        self._watching: asyncio.Task[None] | None = None
+        self._canary: asyncio.Task[None] | None = None
+        self._canary_sent_at = 0.0
+
+    def start(self) -> None:
+        """Watch until :meth:`stop`."""
+        self._watching = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """Look no more."""
+        for task in (self._watching, self._canary):
+            if task is not None:
+                task.cancel()
+
+    def is_answering(self) -> bool:
+        """Whether the engine gave a token lately, or at least is not late with one.  Sends a canary when in doubt."""
+        stats = self._engine.stats()
+        if stats.token_age_s > QUIET_S and not (stats.num_running or stats.num_waiting):
+            self._send_canary()
+        waits = self._canary is not None and not self._canary.done()
+        return not (waits and time.monotonic() - self._canary_sent_at > CANARY_LIMIT_S)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._step_timeout_s / 4))
+            stats = self._engine.stats()
+            if stats.step_age_s > self._step_timeout_s:
+                seconds = f"{stats.step_age_s:.0f} s, longer than SERVE_STEP_TIMEOUT_S={self._step_timeout_s:g}"
+                self._end(f"the engine hangs: a step has been running for {seconds}")
+                return
+            if stats.num_bad_steps >= BAD_STEPS:
+                self._send_canary()
+
+    def _send_canary(self) -> None:
+        if self._canary is None or self._canary.done():
+            self._canary_sent_at = time.monotonic()
+            self._canary = asyncio.create_task(self._ask())
+
+    async def _ask(self) -> None:
+        """Generate one token of a prompt that hurts no model."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        request = GenerationRequest(request_id=f"canary-{uuid.uuid4().hex}", prompt_token_ids=(0,), params=params)
+        try:
+            stream = self._engine.submit(request)
+        except ServeError as error:  # it is busy, which is a sign of life, or dead, which is known
+            logger.debug("No canary: %s", error.message)
+            return
+        try:
+            while events := await stream.next():
+                if isinstance(events[-1].error, GenerationFailed):
+                    self._end("the model's logits are not finite for any request")
+        finally:
+            stream.close()
+
+    def _end(self, why: str) -> None:
+        logger.error("The server ends: %s", why)
+        self._die(EngineDead(why))

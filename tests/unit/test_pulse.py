@@ -1,0 +1,51 @@
+"""The step loop's signs of life."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from serve.engine.base import StepOutput
+from serve.engine.pulse import Pulse
+from serve.errors import GenerationFailed
+
+
+def test_pulse_times_the_step_that_runs() -> None:
+    pulse = Pulse()
+    assert pulse.step_age_s == 0.0
+    with pulse.step():
+        time.sleep(0.02)
+        assert pulse.step_age_s >= 0.02
+    assert pulse.step_age_s == 0.0
+
+
+def test_pulse_forgets_a_step_that_failed() -> None:
+    pulse = Pulse()
+    with pytest.raises(RuntimeError), pulse.step():
+        raise RuntimeError
+    assert pulse.step_age_s == 0.0
+
+
+def test_pulse_counts_steps_without_one_finite_row() -> None:
+    pulse = Pulse()
+    for output in (
+        StepOutput([None]),
+        StepOutput([None, None], errors={1: GenerationFailed("a grammar's own")}),
+        StepOutput([None], errors={0: GenerationFailed("a grammar's own")}),
+        StepOutput([]),  # a step of partial prompts
+    ):
+        pulse.saw(output)
+    assert pulse.num_bad_steps == 2
+    pulse.saw(StepOutput([None, 5]))
+    assert pulse.num_bad_steps == 0
+
+
+def test_pulse_tells_the_age_of_the_last_token() -> None:
+    pulse = Pulse()
+    time.sleep(0.02)
+    assert pulse.token_age_s >= 0.02
+    pulse.saw(StepOutput([None]))
+    assert pulse.token_age_s >= 0.02
+    pulse.saw(StepOutput([0]))
+    assert pulse.token_age_s < 0.02
