@@ -21,6 +21,7 @@ settings.register_profile("trimaran", deadline=None)
 settings.load_profile("trimaran")
 
 sys.path.insert(0, str(TESTS))  # for `import support`
+sys.path.insert(1, str(TESTS.parent / "deploy" / "runpod"))  # as the worker's file sees its siblings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

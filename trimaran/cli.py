@@ -11,6 +11,7 @@ from importlib.metadata import version as installed_version
 import click
 
 from serve.errors import ServeError
+from trimaran.emulate.commands import emulate
 
 
 class _Commands(click.Group):
@@ -100,6 +101,9 @@ def demo_model() -> None:
     from trimaran import demo_model as model  # noqa: PLC0415
 
     click.echo(model.prepare())
+
+
+main.add_command(emulate)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,38 @@ This page is made by `scripts/reference`.
 |---|---|---|
 """
 
+PLATFORM_HEADER = """\
+# Configuration on {platform}
+
+What only the adapter for {platform} reads, beside [the container's settings](configuration.md).  An empty variable
+counts as unset.
+
+This page is made by `scripts/reference`.
+
+| variable | default | what it does |
+|---|---|---|
+"""
+
 
 def configuration() -> str:
     """The table of all settings, in Markdown."""
-    from serve.settings import PREFIX, Settings  # noqa: PLC0415
+    from serve.settings import Settings  # noqa: PLC0415
 
+    return HEADER + _rows(Settings)
+
+
+def platform_configuration(platform: str, settings: type[Any]) -> str:
+    """The table of a platform adapter's own knobs, a pydantic-settings class, in Markdown."""
+    return PLATFORM_HEADER.format(platform=platform) + _rows(settings)
+
+
+def _rows(settings: type[Any]) -> str:
+    prefix: str = settings.model_config["env_prefix"]
     rows = [
-        f"| `{PREFIX}{name.upper()}` | {_shown(field.default)} | {field.description} |"
-        for name, field in Settings.model_fields.items()
+        f"| `{prefix}{name.upper()}` | {_shown(field.default)} | {field.description} |"
+        for name, field in settings.model_fields.items()
     ]
-    return HEADER + "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n"
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,12 @@ DOCUMENTED_SCHEMES = [
 ]
 """Tells OpenAPI, and so the documentation's pages, how to send a key.  The middleware does the checking."""
 
+TRUSTED_CALLER = "trimaran.caller"
+"""Scope key under which an adapter that drives the app in process names a caller whom its platform has authenticated.
+
+Only code in this process can set it: no part of an HTTP request becomes a key of the scope.
+"""
+
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping"})
 """Health for the platform, and the playground: a static page without data, which asks for the key itself."""
 

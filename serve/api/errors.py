@@ -51,6 +51,11 @@ def status_of(error: ServeError) -> int:
     return TABLE[type(error)][0]
 
 
+def status_of_code(code: object) -> int:
+    """The HTTP status of the error that a body's ``code`` names; 500 for a code of no class."""
+    return next((status for kind, (status, _) in TABLE.items() if code is not None and kind.code == code), 500)
+
+
 def error_json(error: ServeError) -> bytes:
     """OpenAI's error object, encoded."""
     kind = TABLE[type(error)][1]

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.auth import OPEN_PATHS, KeyRing, challenge
+from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
 from serve.api.errors import error_response, plain_error
 from serve.errors import AuthenticationError, RequestTooLarge
 from serve.observe import RequestRecord
@@ -84,7 +84,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._keys.caller(scope["path"], Headers(scope=scope))
+            caller = scope.get(TRUSTED_CALLER) or self._keys.caller(scope["path"], Headers(scope=scope))
         except AuthenticationError as error:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": "no accepted API key"})

@@ -1,0 +1,36 @@
+"""A local RunPod with one quick worker and one slow one, which most tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from runpod_local import SLOW, LocalRunpod, WorkerProcess, local_runpod
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_environment() -> Iterator[None]:
+    """Workers that outlive a test must not see the developer's settings either."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name == "PORT" or name.startswith(("SERVE_", "RUNPOD_")):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def runpod() -> Iterator[LocalRunpod]:
+    """A queue with a worker whose server would want a key on a public address."""
+    with (
+        local_runpod() as local,
+        local.worker("quick", SERVE_API_KEYS="secret", SERVE_HOST="::", SERVE_MAX_BATCH_SIZE="4"),
+    ):
+        yield local
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[tuple[LocalRunpod, WorkerProcess]]:
+    """A queue with a worker of two slots and 20 ms a token."""
+    with local_runpod() as local, local.worker("slow", SLOW.format(step_s=0.02), SERVE_MAX_BATCH_SIZE="2") as worker:
+        yield local, worker

@@ -1,0 +1,174 @@
+"""What may be sent to a queue, and what comes back: the same answers as over HTTP."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from runpod_local import LocalRunpod, openai_input
+from support import chat, joined, openai_error, serving, sse_chunks
+
+TEXT = "héllo 🎉🏽 \u2028 wörld"
+
+
+def failed(job: Any) -> tuple[int, dict[str, Any]]:
+    """The status and the OpenAI error of a failed job."""
+    assert job["status"] == "FAILED", job
+    error = json.loads(job["error"])
+    return error.pop("status"), openai_error(error)
+
+
+def test_openai_input_gives_the_whole_answer(runpod: LocalRunpod):
+    job = runpod.runsync(openai_input(TEXT))
+    assert job["status"] == "COMPLETED", job
+    [answer] = job["output"]
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"] == TEXT
+
+
+def test_openai_stream_is_bare_event_text_and_folds_to_the_same_answer(runpod: LocalRunpod):
+    pieces, last = runpod.stream(runpod.run(openai_input(TEXT, stream=True)))
+    assert last["status"] == "COMPLETED"
+    assert all(isinstance(piece, str) for piece in pieces)
+    assert joined(sse_chunks("".join(pieces))) == TEXT
+
+
+@pytest.mark.parametrize(
+    "job_input",
+    [
+        {"route": "/v1/chat/completions", "method": "POST", "body": chat(TEXT)},
+        {"route": "v1/chat/completions", "body": chat(TEXT)},
+        {"openai_input": chat(TEXT)},
+        chat(TEXT),
+        {"messages": chat(TEXT)["messages"], "max_tokens": 500},
+    ],
+)
+def test_every_openai_shape_gives_a_chat_completion(runpod: LocalRunpod, job_input):
+    job = runpod.runsync(job_input)
+    assert job["status"] == "COMPLETED", job
+    assert job["output"][0]["choices"][0]["message"]["content"] == TEXT
+
+
+@pytest.mark.parametrize("extra", [{}, {"sampling_params": {"max_tokens": 500, "temperature": 0.5}, "batch_size": 10}])
+def test_native_messages_give_text_and_usage(runpod: LocalRunpod, extra):
+    job = runpod.runsync({"messages": chat(TEXT)["messages"], **extra})
+    [answer] = job["output"]
+    num_tokens = len(TEXT.encode())
+    assert answer == {
+        "seq": 0,
+        "text": TEXT,
+        "choices": [{"tokens": [TEXT]}],
+        "finish_reason": "stop",
+        "usage": {"input": num_tokens, "output": answer["usage"]["output"]},
+    }
+
+
+def test_native_prompt_with_a_chat_template_is_a_message(runpod: LocalRunpod):
+    job = runpod.runsync({"prompt": TEXT, "apply_chat_template": True, "sampling_params": {"max_tokens": 500}})
+    assert job["output"][0]["text"] == TEXT
+
+
+def test_native_stream_has_numbered_chunks(runpod: LocalRunpod):
+    pieces, _ = runpod.stream(runpod.run({"messages": chat(TEXT * 20)["messages"], "stream": True}))
+    assert [piece["seq"] for piece in pieces] == list(range(len(pieces)))
+    assert "".join(piece["text"] for piece in pieces) == TEXT * 20
+    assert pieces[-1]["finish_reason"] == "stop"
+    assert pieces[-1]["usage"]["input"] == len((TEXT * 20).encode())
+
+
+@pytest.mark.parametrize(
+    ("job_input", "param"),
+    [
+        ({}, "input"),
+        ({"text": "hi"}, "input"),
+        ("hi", "input"),
+        (None, "input"),
+        ([1], "input"),
+        ({"route": "https://example.org/"}, "input.route"),
+        ({"route": "/v1/models", "method": "BREW"}, "input.method"),
+        ({"openai_route": 5}, "input.openai_route"),
+        ({"messages": [], "sampling_params": 5}, "input.sampling_params"),
+    ],
+)
+def test_another_input_is_refused_with_what_is_accepted(runpod: LocalRunpod, job_input, param):
+    status, error = failed(runpod.runsync(job_input))
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert "send" in error["message"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_errors_keep_status_and_body(runpod: LocalRunpod, is_stream):
+    job_id = runpod.run(openai_input("hi", temperature=9, stream=is_stream))
+    pieces, _ = runpod.stream(job_id)
+    status, error = failed(runpod.status(job_id))
+    assert (status, error["param"]) == (400, "temperature")
+    assert "temperature" in error["message"]
+    if is_stream:  # also the last thing on the stream, for those who read only that
+        first, last = pieces[-1].split("\n\n")[:2]
+        assert openai_error(json.loads(first.removeprefix("data: "))) == error
+        assert last == "data: [DONE]"
+    assert "Traceback" not in json.dumps(runpod.status(job_id))
+
+
+REQUESTS: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/echo", None),
+    ("GET", "/v1/models/other", None),
+    ("GET", "/health", None),
+    ("GET", "/version", None),
+    ("GET", "/nowhere", None),
+    ("PUT", "/v1/chat/completions", {}),
+    ("POST", "/v1/chat/completions", {}),
+    ("POST", "/v1/chat/completions", chat("hi", model="other")),
+    ("POST", "/v1/chat/completions", chat("hi", temperature="5")),
+    ("POST", "/v1/chat/completions", chat("hi", max_tokens=10**6)),
+    ("POST", "/v1/chat/completions", chat("hi", audio={"voice": "x"})),
+    ("POST", "/v1/chat/completions", chat("hi", max_tokens=1)),
+    ("POST", "/v1/chat/completions", chat("hi", stop="i")),
+    ("POST", "/v1/chat/completions?x=ü", chat("hi")),
+]
+CHANGING = {"id", "created", "phases", "version"}
+
+
+def steady(value: Any) -> Any:
+    """An answer without what differs from call to call."""
+    if isinstance(value, dict):
+        return {name: steady(part) for name, part in value.items() if name not in CHANGING}
+    return [steady(part) for part in value] if isinstance(value, list) else value
+
+
+def test_the_queue_answers_as_http_does(runpod: LocalRunpod):
+    import httpx2 as httpx
+
+    with serving(max_batch_size=4) as served, httpx.Client(base_url=served.url) as http:
+        for method, route, body in REQUESTS:
+            direct = http.request(method, route, json=body) if body is not None else http.request(method, route)
+            job = runpod.runsync({"route": route, "method": method, "body": body})
+            if direct.status_code < 400:
+                assert steady(job["output"]) == [steady(direct.json())], route
+            else:
+                assert failed(job) == (direct.status_code, openai_error(direct.json())), route
+
+
+def test_pages_and_empty_answers_travel_too(runpod: LocalRunpod):
+    assert "<html" in runpod.runsync({"route": "/"})["output"][0].lower()
+    assert runpod.runsync({"route": "/ping"})["output"] == [{"status": 200}]
+
+
+def test_the_openai_client_works_unmodified(runpod: LocalRunpod):
+    client = openai.OpenAI(base_url=f"{runpod.base}/openai/v1", api_key=runpod.plane.key, max_retries=0)
+    assert [model.id for model in client.models.list()] == ["echo"]
+    message: Any = {"role": "user", "content": TEXT}
+    answer = client.chat.completions.create(model="echo", messages=[message])
+    assert answer.choices[0].message.content == TEXT
+    chunks = client.chat.completions.create(model="echo", messages=[message], stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.chat.completions.create(model="other", messages=[message])
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model="echo", messages=[message], temperature=9)
+    chunks = client.chat.completions.create(model="echo", messages=[message], temperature=9, stream=True)
+    with pytest.raises(openai.APIError, match="temperature"):
+        list(chunks)
