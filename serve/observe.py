@@ -40,6 +40,9 @@ class RequestRecord:
     queue_s: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    cached_tokens: int = 0
+    endpoint: str | None = None
+    """The route as it is declared; None: there is none."""
 
     def saw_tokens(self, num_tokens: int) -> None:
         """Note that tokens arrived now."""
@@ -51,21 +54,32 @@ class RequestRecord:
 
     def as_fields(self) -> dict[str, Any]:
         """The log line's fields; what is unknown is left out."""
-        now = time.perf_counter()
         values: dict[str, Any] = {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name not in {"received_at", "queue_s", "first_token_at", "last_token_at"}
+            if item.name not in {"received_at", "queue_s", "first_token_at", "last_token_at", "endpoint"}
         }
         if self.first_token_at is None:
-            del values["completion_tokens"]
+            del values["completion_tokens"], values["cached_tokens"]
         values["queue_ms"] = _ms(self.queue_s)
-        values["ttft_ms"] = _ms(self.first_token_at - self.received_at) if self.first_token_at else None
-        values["itl_ms_mean"] = _ms(self._itl_s())
-        values["total_ms"] = _ms(now - self.received_at)
+        values["ttft_ms"] = _ms(self.ttft_s)
+        values["itl_ms_mean"] = _ms(self.itl_s)
+        values["total_ms"] = _ms(self.age_s)
         return {name: value for name, value in values.items() if value is not None}
 
-    def _itl_s(self) -> float | None:
+    @property
+    def age_s(self) -> float:
+        """Seconds since the request came."""
+        return time.perf_counter() - self.received_at
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from the request to its first token."""
+        return None if self.first_token_at is None else self.first_token_at - self.received_at
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean seconds between tokens."""
         if self.first_token_at is None or self.last_token_at is None or self.completion_tokens < 2:
             return None
         return (self.last_token_at - self.first_token_at) / (self.completion_tokens - 1)

@@ -36,6 +36,8 @@ class Watchdog:
     """
 
     def __init__(self, engine: Engine, step_timeout_s: float, die: Callable[[ServeError], None]) -> None:
+        self.loop_lag_s = 0.0
+        """How much later than it was due the event loop came back to the last look, in seconds."""
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         self._die = die
@@ -62,8 +64,11 @@ class Watchdog:
         return not (waits and time.monotonic() - self._canary_sent_at > CANARY_LIMIT_S)
 
     async def _watch(self) -> None:
+        pause_s = min(1.0, self._step_timeout_s / 4)
         while True:
-            await asyncio.sleep(min(1.0, self._step_timeout_s / 4))
+            began = time.monotonic()
+            await asyncio.sleep(pause_s)
+            self.loop_lag_s = time.monotonic() - began - pause_s
             stats = self._engine.stats()
             if stats.step_age_s > self._step_timeout_s:
                 seconds = f"{stats.step_age_s:.0f} s, longer than SERVE_STEP_TIMEOUT_S={self._step_timeout_s:g}"

@@ -17,6 +17,8 @@ from serve.api.middleware import BodyLimit, Boundary, Gate
 from serve.api.sse import WritePace
 from serve.engine.base import Engine
 from serve.lifecycle import Lifecycle
+from serve.metrics import Metrics
+from serve.observe import RequestRecord
 from serve.settings import EngineName, Settings, load_settings
 from serve.source import choose_origin
 from serve.watchdog import Watchdog
@@ -76,6 +78,8 @@ def create_app(
     """
     settings = settings or load_settings()
     lifecycle = lifecycle or create_lifecycle(settings, engine)
+    watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
+    metrics = Metrics(lifecycle, watchdog)
     keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
     app = _App(
         title="Trimaran",
@@ -87,7 +91,7 @@ def create_app(
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
         middleware=[
-            Middleware(Boundary),
+            Middleware(Boundary, sinks=(RequestRecord.log, metrics.observe)),
             Middleware(Gate, keys=keys),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
         ],
@@ -95,7 +99,7 @@ def create_app(
     app.state.settings = settings
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
-    app.state.watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
+    app.state.watchdog, app.state.metrics = watchdog, metrics
     install_handlers(app)
     for router in (chat.router, models.router, health.router, pages.router):
         app.include_router(router)

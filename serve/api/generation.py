@@ -72,6 +72,8 @@ class Choices:
             record.saw_tokens(1)
         if event.finish_reason is not None:
             record.finish_reason = event.finish_reason.value
+        if event.usage is not None:
+            record.cached_tokens += event.usage.cached_tokens
         if event.error is not None:
             record.error_code = event.error.code
 

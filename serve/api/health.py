@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.schemas.common import ErrorResponse, Health, Version
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
+from serve.metrics import CONTENT_TYPE, Metrics
 from serve.settings import Settings
 from serve.watchdog import Watchdog
 
@@ -66,6 +67,19 @@ async def get_version(request: Request) -> Version:
         status=lifecycle.state.value,
         phases=dict(lifecycle.phases),
     )
+
+
+@router.get(
+    "/metrics",
+    summary="For Prometheus",
+    dependencies=DOCUMENTED_SCHEMES,
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: {"model": ErrorResponse}},
+)
+async def get_metrics(request: Request) -> Response:
+    """Counters, histograms and gauges in Prometheus' text format."""
+    metrics: Metrics = request.app.state.metrics
+    return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 
 def package_version() -> str:

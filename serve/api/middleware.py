@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -30,10 +31,16 @@ MAX_DISCARDED_BYTES = 64 * 2**20
 
 
 class Boundary:
-    """The outermost layer: an exception that gets here is answered and swallowed, and the connection lives."""
+    """The outermost layer: an exception that gets here is answered and swallowed, and the connection lives.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: What it surrounds.
+        sinks: Called with the record of each request that ended, health and the playground left out.
+    """
+
+    def __init__(self, app: ASGIApp, sinks: Sequence[Callable[[RequestRecord], object]]) -> None:
         self._app = app
+        self._sinks = sinks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, whatever happens inside."""
@@ -67,8 +74,10 @@ class Boundary:
         finally:
             if record.status is None:
                 record.status = CLIENT_CLOSED
+            record.endpoint = getattr(scope.get("route"), "path", None)
             if scope["path"] not in OPEN_PATHS:
-                record.log()
+                for sink in self._sinks:
+                    sink(record)
 
 
 class Gate:

@@ -23,7 +23,10 @@ from serve.api.schemas.chat import ChatCompletionRequest
 COMPLETIONS = "/v1/chat/completions"
 OPERATIONS = [
     ("post", COMPLETIONS),
-    *(("get", path) for path in ("/v1/models", "/v1/models/{model}", "/health", "/ready", "/ping", "/version")),
+    *(
+        ("get", path)
+        for path in ("/v1/models", "/v1/models/{model}", "/health", "/ready", "/ping", "/version", "/metrics")
+    ),
 ]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
