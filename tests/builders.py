@@ -20,6 +20,7 @@ from support import missing
 
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 DEBIAN_TOOLS = ("buildah", "podman", "runc", "mmdebstrap")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAND_IN = "localhost/trimaran-standin-python:bookworm"
 
 
@@ -105,9 +106,7 @@ def _package_sources(scratch: Path) -> Mapping[Path, Path]:
     mounts = {CERTIFICATES: CERTIFICATES} if CERTIFICATES.exists() else {}
     lines = ["[global]", *(f"cert = {path}" for path in mounts)]
     for name in ("index-url", "extra-index-url", "find-links"):
-        command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
-        value = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        value = os.environ.get(f"PIP_{name.upper().replace('-', '_')}", value)
+        value = _pip(name)
         if value:
             lines.append(f"{name} = {value}")
         for place in value.split():
@@ -117,3 +116,18 @@ def _package_sources(scratch: Path) -> Mapping[Path, Path]:
     configuration = scratch / "pip.conf"
     configuration.write_text("\n".join(lines) + "\n")
     return {**mounts, configuration: Path("/etc/pip.conf")}
+
+
+def cpu_wheels() -> dict[str, str]:
+    """The build argument that brings torch for the CPU, unless a folder of wheels on this machine has it already."""
+    has_wheel = any(
+        Path(place).is_dir() and list(Path(place).glob("torch-*+cpu-*")) for place in _pip("find-links").split()
+    )
+    return {} if has_wheel else {"TORCH_INDEX_URL": CPU_INDEX}
+
+
+def _pip(name: str) -> str:
+    """A value of pip's configuration; empty when it has none."""
+    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
+    value = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return os.environ.get(f"PIP_{name.upper().replace('-', '_')}", value)

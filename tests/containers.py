@@ -50,7 +50,7 @@ class Tool:
     base: str | None = None
     environment: Mapping[str, str] | None = None
 
-    def image(self, tag: str, *, target: str = "", secret: Path | None = None, **arguments: str) -> Image:
+    def image(self, tag: str, arguments: Mapping[str, str], *, target: str = "", secret: Path | None = None) -> Image:
         """Build the Dockerfile; ``arguments`` are its build arguments, ``secret`` a file with a Hub token."""
         if self.base:
             arguments = {"BASE_IMAGE": self.base, **arguments}

@@ -25,6 +25,7 @@ class Hub:
         self.refusal: tuple[int, str] | None = None
         self.cut_after: int | None = None
         self.requests: list[str] = []
+        self.credentials: set[str] = set()
         self.port = 0
 
     def publish(self, name: str, files: dict[str, bytes], commit: str = NEW) -> None:
@@ -71,6 +72,7 @@ def serving_hub() -> Iterator[Hub]:
         def do_GET(self) -> None:
             status, headers, body = hub.answer(self.path)
             hub.requests.append(f"{self.command} {self.path.split('?')[0]}")
+            hub.credentials.add(self.headers.get("Authorization", ""))
             begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
             self.send_response(206 if begin else status)
             for name, value in headers.items():

@@ -11,6 +11,7 @@ from importlib.metadata import version as installed_version
 import click
 
 from serve.errors import ServeError
+from trimaran.deploy.commands import deploy
 from trimaran.emulate.commands import emulate
 
 
@@ -104,6 +105,7 @@ def demo_model() -> None:
 
 
 main.add_command(emulate)
+main.add_command(deploy)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from serve.engine import cgroup
 from serve.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -127,18 +128,10 @@ def choose_threads(requested: int | None) -> Choice[int]:
     if requested is not None:
         return Choice(requested, f"SERVE_THREADS={requested}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cpus()
+    quota = cgroup.cpus()
     if quota is not None and quota < cores:
         return Choice(max(1, int(quota)), f"the container may use {quota:g} of {cores} cores")
     return Choice(cores, f"{cores} cores may be used")
-
-
-def _cgroup_cpus() -> float | None:
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) / int(period)
 
 
 def available_memory(device: torch.device) -> int:
@@ -152,7 +145,7 @@ def available_memory(device: torch.device) -> int:
 
 def available_ram() -> int:
     """Bytes of RAM that are free within the container's limit."""
-    free = [_meminfo_available(), _cgroup_memory()]
+    free = [_meminfo_available(), cgroup.free_memory()]
     return min((size for size in free if size is not None), default=2**30)
 
 
@@ -164,16 +157,3 @@ def _meminfo_available() -> int | None:
     except OSError:
         pass
     return None
-
-
-def _cgroup_memory() -> int | None:
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        # Files that were read, such as the weights, count as used, and are given back when memory is needed.
-        used -= int(statistics.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)

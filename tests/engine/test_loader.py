@@ -130,8 +130,8 @@ def test_dtype_is_chosen_by_the_device_and_says_why(monkeypatch):
 
 
 def test_threads_follow_the_containers_quota(monkeypatch):
-    monkeypatch.setattr(device, "_cgroup_cpus", lambda: 0.5)
+    monkeypatch.setattr(device.cgroup, "cpus", lambda: 0.5)
     assert device.choose_threads(None).value == 1
-    monkeypatch.setattr(device, "_cgroup_cpus", lambda: None)
+    monkeypatch.setattr(device.cgroup, "cpus", lambda: None)
     assert device.choose_threads(None).value >= 1
     assert device.choose_threads(7).value == 7

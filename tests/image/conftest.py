@@ -36,4 +36,4 @@ def tool() -> Iterator[containers.Tool]:
 @pytest.fixture(scope="session")
 def thin(tool: containers.Tool) -> containers.Image:
     """The image without torch: echo engine and gateway."""
-    return tool.image("thin", EXTRAS="", REVISION="0123abc")
+    return tool.image("thin", {"EXTRAS": "", "REVISION": "0123abc"})

@@ -26,6 +26,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/live.py": TORCH | {"asyncio", "threading"},
     "serve/engine/pulse.py": TORCH | {"asyncio"},
     "serve/engine/sizing.py": TORCH,
+    "serve/engine/cgroup.py": TORCH | {"asyncio", "threading", "serve"},
     "serve/engine/worker.py": TORCH,
     "serve/engine/echo.py": TORCH | {"asyncio"},
     "serve/engine/runner.py": {"asyncio"},

@@ -1,0 +1,1 @@
+"""``trimaran deploy``: create, update and look after what runs in a cloud."""

@@ -1,0 +1,222 @@
+"""``trimaran deploy render``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serve.errors import ConfigError, ServeError
+
+if TYPE_CHECKING:
+    from trimaran.platforms.render.api import RenderApi
+    from trimaran.platforms.render.service import ServiceSpec
+
+PASSED_SECRETS = ("HF_TOKEN", "SERVE_API_KEYS")
+"""Taken from the local environment when they are set there."""
+
+POLL_S = 3.0
+name_option = click.option("--name", default="trimaran", show_default=True, help="The service's name.")
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog="Example: trimaran deploy render --name chat --image docker.io/me/trimaran:cpu --model Qwen/Qwen3-0.6B",
+)
+@name_option
+@click.option("--image", help="A prebuilt image; a digest is best.")
+@click.option("--repo", help="A Git repository with the Dockerfile, instead of an image.")
+@click.option("--branch", help="Its branch.")
+@click.option("--model", help="Hub id to serve.  Default: SERVE_MODEL.")
+@click.option("--plan", help="Instance type.  Default: standard.")
+@click.option("--region", default="oregon", show_default=True, help="Where it runs; cannot be changed later.")
+@click.option("--disk-gb", type=click.IntRange(1), help="A disk for the model: one instance, no overlap of deploys.")
+@click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Seconds to drain.")
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Another variable; repeatable.")
+@click.option("--owner", envvar="RENDER_OWNER_ID", help="The workspace's id.  Default: the only one.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write a Blueprint to this file; call nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the Blueprint and the API request; call nothing.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until the deploy is live or has failed.")
+@click.pass_context
+def render(context: click.Context, **options: Any) -> None:
+    """Create or update a web service on Render, or write its Blueprint.
+
+    Render has no GPUs: this serves small models on CPUs.  The key for the API is RENDER_API_KEY; HF_TOKEN and
+    SERVE_API_KEYS are passed on as secrets when they are set.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    spec = _spec(options)
+    if options["write"]:
+        options["write"].write_text(_checked_blueprint(spec), encoding="utf-8")
+        click.echo(f"Wrote {options['write']}.  Connect it: Render's dashboard > New > Blueprint.", err=True)
+    elif options["dry_run"]:
+        from trimaran.platforms.render.service import create_body, without_secrets  # noqa: PLC0415
+
+        click.echo(_checked_blueprint(spec))
+        click.echo("# The same by the API: POST /v1/services")
+        body = without_secrets(create_body(spec, options["owner"] or "OWNER"))
+        click.echo("\n".join("# " + line for line in json.dumps(body, indent=2).splitlines()))
+    else:
+        _deploy(spec, options["owner"], options["wait"])
+
+
+def _spec(options: dict[str, Any]) -> ServiceSpec:
+    from trimaran.platforms.render.service import ServiceSpec  # noqa: PLC0415
+
+    if options["image"] and options["repo"]:
+        raise ConfigError("name an --image or a --repo, not both")
+    environment = dict(_pair(variable) for variable in options["variables"])
+    if "SERVE_ENGINE" not in environment:
+        environment["SERVE_MODEL"] = _model(options["model"])
+    return ServiceSpec(
+        name=options["name"],
+        plan=options["plan"] or "standard",
+        region=options["region"],
+        image=options["image"],
+        repo=options["repo"],
+        branch=options["branch"],
+        shutdown_delay_s=options["shutdown_delay"],
+        disk_gb=options["disk_gb"],
+        environment=environment,
+        secrets={name: os.environ[name] for name in PASSED_SECRETS if os.environ.get(name)},
+    )
+
+
+def _model(given: str | None) -> str:
+    model = given or os.environ.get("SERVE_MODEL", "")
+    if not model:
+        raise ConfigError("name a model: --model owner/name (or --env SERVE_ENGINE=echo)")
+    if Path(model).expanduser().exists():
+        raise ConfigError(f"{model} is a folder of this machine: bake it into the image, or name a Hub id")
+    return model
+
+
+def _pair(variable: str) -> tuple[str, str]:
+    name, separator, value = variable.partition("=")
+    if not separator:
+        raise ConfigError(f"--env {variable}: write NAME=VALUE")
+    if name in PASSED_SECRETS:
+        raise ConfigError(f"--env {name}: a secret on the command line can be seen by others; export {name} instead")
+    return name, value
+
+
+def _checked_blueprint(spec: ServiceSpec) -> str:
+    import yaml  # noqa: PLC0415
+
+    from trimaran.platforms.render.check import check_blueprint  # noqa: PLC0415
+    from trimaran.platforms.render.service import blueprint  # noqa: PLC0415
+
+    text = yaml.safe_dump(blueprint(spec), sort_keys=False)
+    findings = check_blueprint(text, Path())
+    if findings:
+        raise ConfigError("\n".join(map(str, findings)))
+    return text
+
+
+def _deploy(spec: ServiceSpec, owner: str | None, wait: bool) -> None:
+    if not (spec.image or spec.repo):
+        raise ConfigError("name what to run: --image REGISTRY/NAME@DIGEST, or --repo URL with the Dockerfile")
+    _checked_blueprint(spec)
+    api = _api()
+    service = api.find(spec.name)
+    if service is None:
+        service, deploy_id = api.create(spec, api.owner(owner))
+        click.echo(f"Created {service['name']} ({service['id']})", err=True)
+    else:
+        deploy_id = api.update(spec, service)
+        click.echo(f"Updated {service['name']} ({service['id']})", err=True)
+    if wait and deploy_id:
+        _wait(api, service["id"], deploy_id)
+    click.echo(_address(service))
+
+
+def _wait(api: RenderApi, service_id: str, deploy_id: str) -> None:
+    from trimaran.platforms.render.api import ENDED  # noqa: PLC0415
+
+    shown = ""
+    while True:
+        status = str(api.deploy(service_id, deploy_id)["status"])
+        if status != shown:
+            click.echo(f"  {status}", err=True)
+            shown = status
+        if status == "live":
+            return
+        if status in ENDED:
+            raise ServeError(f"the deploy ended as {status}; see: trimaran deploy render logs")
+        time.sleep(POLL_S)
+
+
+def _address(service: dict[str, Any]) -> str:
+    return str(service.get("serviceDetails", {}).get("url") or service.get("dashboardUrl") or service["id"])
+
+
+def _api() -> RenderApi:
+    from trimaran.platforms.render.api import API, RenderApi  # noqa: PLC0415
+
+    key = os.environ.get("RENDER_API_KEY")
+    if not key:
+        raise ConfigError("set RENDER_API_KEY to a key from Render's Account Settings > API Keys")
+    return RenderApi(key, os.environ.get("RENDER_API_URL", API))
+
+
+@render.command(epilog="Example: trimaran deploy render check deploy/render/render.yaml")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default="render.yaml")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".", help="Repository.")
+@click.pass_context
+def check(context: click.Context, file: Path, root: Path) -> None:
+    """Find everything that is wrong with a Blueprint, before Render does; status 1 when anything is."""
+    from trimaran.platforms.render.check import check_blueprint  # noqa: PLC0415
+
+    findings = check_blueprint(file.read_text(encoding="utf-8"), root)
+    for finding in findings:
+        click.echo(str(finding))
+    click.echo(f"{len(findings)} findings" if findings else f"{file}: nothing known is wrong", err=True)
+    context.exit(1 if findings else 0)
+
+
+@render.command(epilog="Example: trimaran deploy render status --name chat")
+@name_option
+def status(name: str) -> None:
+    """Show the service and its latest deploys."""
+    api = _api()
+    service = api.get(name)
+    state = "suspended" if service.get("suspended") == "suspended" else "running"
+    click.echo(f"{service['name']}  {service['id']}  {state}  {_address(service)}")
+    for deploy in api.deploys(service["id"], limit=5):
+        click.echo(f"  {deploy['id']}  {deploy['status']:<20} {deploy.get('createdAt', '')}  {_what(deploy)}")
+
+
+def _what(deploy: dict[str, Any]) -> str:
+    image: dict[str, Any] = deploy.get("image") or {}
+    commit: dict[str, Any] = deploy.get("commit") or {}
+    return str(image.get("ref") or commit.get("id", ""))
+
+
+@render.command(epilog="Example: trimaran deploy render logs --name chat --limit 50")
+@name_option
+@click.option("--limit", type=click.IntRange(1, 100), default=100, show_default=True, help="Lines.")
+def logs(name: str, limit: int) -> None:
+    """Show the service's latest log lines."""
+    api = _api()
+    for line in api.logs(api.get(name), limit):
+        click.echo(f"{line['timestamp']}  {line['message']}")
+
+
+@render.command(epilog="Example: trimaran deploy render rollback --name chat")
+@name_option
+@click.option("--to", "deploy_id", help="A deploy's id.  Default: the last one that was live before.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is live or has failed.")
+def rollback(name: str, deploy_id: str | None, wait: bool) -> None:
+    """Return to an earlier deploy."""
+    api = _api()
+    service = api.get(name)
+    deploy = api.rollback(service, deploy_id)
+    click.echo(f"Rolling back {name}: deploy {deploy['id']}", err=True)
+    if wait:
+        _wait(api, service["id"], deploy["id"])
+    click.echo(_address(service))

@@ -1,0 +1,1 @@
+"""Render: Blueprints and the API."""

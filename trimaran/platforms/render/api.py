@@ -1,0 +1,120 @@
+"""The part of Render's REST API that a deploy needs.  Shapes as in Render's own client, version 1.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2 as httpx
+
+from serve.errors import ConfigError, ServeError
+from trimaran.platforms.render.service import GENERATED_KEY, ServiceSpec, create_body, update_body
+
+API = "https://api.render.com/v1"
+ENDED = frozenset({"live", "deactivated", "build_failed", "update_failed", "canceled", "pre_deploy_failed"})
+"""States in which a deploy stays."""
+
+Json = dict[str, Any]
+
+
+class RenderApi:
+    """One workspace's services.
+
+    Args:
+        key: The API key; it is sent and never shown.
+        url: Another address than Render's, for tests.
+
+    Every method raises :class:`ServeError` with Render's own words when it refuses.
+    """
+
+    def __init__(self, key: str, url: str = API) -> None:
+        headers = {"authorization": f"Bearer {key}", "accept": "application/json"}
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=30)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        try:
+            response = self._client.request(method, path, json=body, params={k: v for k, v in query.items() if v})
+        except httpx.HTTPError as error:
+            raise ServeError(f"Render's API cannot be reached: {type(error).__name__}: {error}") from error
+        if response.status_code == 401:
+            raise ConfigError("Render refuses the API key: set RENDER_API_KEY to one from Account Settings > API Keys")
+        if response.is_error:
+            raise ServeError(f"Render answered {response.status_code} to {method} {path}: {_message(response)}")
+        return response.json() if response.content else {}
+
+    def owner(self, wanted: str | None = None) -> str:
+        """The workspace's id: ``wanted``, or the only one that the key can see."""
+        if wanted:
+            return wanted
+        owners = [entry["owner"] for entry in self._call("GET", "/owners", limit=20)]
+        if len(owners) == 1:
+            return str(owners[0]["id"])
+        names = ", ".join(f"{owner['id']} ({owner['name']})" for owner in owners) or "none"
+        raise ConfigError(f"name the workspace with --owner; this key sees: {names}")
+
+    def find(self, name: str) -> Json | None:
+        """The service of that name, if there is one."""
+        entries = self._call("GET", "/services", name=name, limit=20)
+        found = [entry["service"] for entry in entries if entry["service"]["name"] == name]
+        return found[0] if found else None
+
+    def get(self, name: str) -> Json:
+        """The service of that name."""
+        service = self.find(name)
+        if service is None:
+            raise ConfigError(f"there is no service named {name!r} that this key can see")
+        return service
+
+    def create(self, spec: ServiceSpec, owner: str) -> tuple[Json, str]:
+        """A new service, and the id of its first deploy."""
+        answer = self._call("POST", "/services", create_body(spec, owner))
+        return answer["service"], str(answer["deployId"])
+
+    def update(self, spec: ServiceSpec, service: Json) -> str:
+        """Bring an existing service to ``spec`` and deploy it; returns the deploy's id.
+
+        Variables that ``spec`` does not name, and the generated key, stay.
+        """
+        path = f"/services/{service['id']}"
+        self._call("PATCH", path, update_body(spec, service["ownerId"]))
+        for key, value in {**spec.variables(), **spec.secrets}.items():
+            self._call("PUT", f"{path}/env-vars/{key}", {"value": value})
+        body = {"imageUrl": spec.image} if spec.image else {}
+        return str(self._call("POST", f"{path}/deploys", body).get("id", ""))
+
+    def api_key(self, service: Json) -> str:
+        """The server's own key, as Render generated it."""
+        answer = self._call("GET", f"/services/{service['id']}/env-vars/{GENERATED_KEY}")
+        return str(answer["value"])
+
+    def deploy(self, service_id: str, deploy_id: str) -> Json:
+        """One deploy."""
+        return self._call("GET", f"/services/{service_id}/deploys/{deploy_id}")
+
+    def deploys(self, service_id: str, limit: int = 20) -> list[Json]:
+        """The latest deploys, newest first."""
+        return [entry["deploy"] for entry in self._call("GET", f"/services/{service_id}/deploys", limit=limit)]
+
+    def logs(self, service: Json, limit: int = 100) -> list[Json]:
+        """The latest lines, oldest first: each with ``timestamp`` and ``message``."""
+        query = {"ownerId": service["ownerId"], "resource": service["id"], "limit": limit, "direction": "backward"}
+        return list(reversed(self._call("GET", "/logs", **query)["logs"]))
+
+    def rollback(self, service: Json, deploy_id: str | None = None) -> Json:
+        """Return to an earlier deploy: the last one that was live, unless ``deploy_id`` names another."""
+        if deploy_id is None:
+            earlier = [deploy["id"] for deploy in self.deploys(service["id"]) if deploy["status"] == "deactivated"]
+            if not earlier:
+                raise ConfigError(f"{service['name']} has no earlier deploy that was live; nothing to return to")
+            deploy_id = str(earlier[0])
+        return self._call("POST", f"/services/{service['id']}/rollback", {"deployId": deploy_id})
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json().get("message"))
+    except (ValueError, AttributeError):
+        return response.text[:200]
