@@ -1,0 +1,1 @@
+"""A model's text back to what it means: content, reasoning and tool calls."""
