@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from trimaran.emulate.runpod.jobs import Board, Job, Status
@@ -72,7 +72,10 @@ class WorkerApi:
         self._board.seen[worker] = time.monotonic()
 
     async def _receive(self, request: Request, limit: int, use: Callable[[Job, dict[str, Any]], None]) -> Response:
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:  # the job was cancelled while its worker was sending
+            return Response(status_code=400)
         job = self._board.jobs.get(request.path_params["job"])
         if job is None:
             return JSONResponse({"error": "no such job"}, 404)
