@@ -5,7 +5,7 @@
     ├─ RequestError                  the caller can fix it
     │  ├─ InvalidRequest  ├─ UnsupportedParameter  ├─ ContextLengthExceeded
     │  ├─ AuthenticationError  ├─ PermissionDenied  ├─ ModelNotFound
-    │  └─ RequestTooLarge  └─ UnsupportedMediaType
+    │  └─ RequestTooLarge  └─ RequestTimeout  └─ UnsupportedMediaType
     ├─ CapacityError                 try again later; always with retry_after
     │  ├─ QueueFull  ├─ RateLimited  ├─ EngineNotReady  ├─ ShuttingDown  └─ DeadlineExceeded
     └─ EngineError                   our fault
@@ -90,6 +90,12 @@ class RequestTooLarge(RequestError):
     """The body exceeds ``SERVE_MAX_BODY_BYTES``."""
 
     code = "request_too_large"
+
+
+class RequestTimeout(RequestError):
+    """The body did not arrive in time."""
+
+    code = "request_timeout"
 
 
 class UnsupportedMediaType(RequestError):

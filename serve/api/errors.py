@@ -26,6 +26,7 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.PermissionDenied: (403, "permission_error"),
     errors.ModelNotFound: (404, INVALID),
     errors.RequestTooLarge: (413, INVALID),
+    errors.RequestTimeout: (408, INVALID),
     errors.UnsupportedMediaType: (415, INVALID),
     errors.QueueFull: (429, "rate_limit_error"),
     errors.RateLimited: (429, "rate_limit_error"),

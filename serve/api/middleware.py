@@ -6,8 +6,10 @@ From the outside in: :class:`Boundary` (request id, HEAD, last resort for except
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
 from serve.api.errors import error_response, plain_error
-from serve.errors import AuthenticationError, RequestTooLarge
+from serve.errors import AuthenticationError, RequestTimeout, RequestTooLarge
 from serve.observe import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ CLIENT_CLOSED = 499
 
 MAX_DISCARDED_BYTES = 64 * 2**20
 """An oversized body is read to its end up to here, so that the client sees the 413 and keeps its connection."""
+
+BODY_TIMEOUT_S = 120.0
+"""Seconds for a request's body; the largest one that is allowed by default then needs 70 kB/s."""
 
 
 class Boundary:
@@ -108,7 +113,7 @@ class Gate:
 
 
 class BodyLimit:
-    """Refuses bodies beyond ``max_bytes``, declared or not, without keeping them."""
+    """Refuses bodies beyond ``max_bytes``, declared or not, without keeping them, and those that take for ever."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -123,12 +128,14 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self._max_bytes:
             await self._refuse(0, int(declared), scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, is_complete = 0, False
+        deadline = time.monotonic() + BODY_TIMEOUT_S
 
         async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_complete
+            message = await (receive() if is_complete else _in_time(receive, deadline))
             if message["type"] == "http.request":
+                is_complete = not message.get("more_body", False)
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > self._max_bytes:
                     await _discard(message, num_bytes, receive)
@@ -147,6 +154,14 @@ class BodyLimit:
 
     def _error(self) -> RequestTooLarge:
         return RequestTooLarge(f"the body exceeds {self._max_bytes} bytes; send less text")
+
+
+async def _in_time(receive: Receive, deadline: float) -> Message:
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await receive()
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:g} s; send it faster") from None
 
 
 async def _discard(message: Message, num_bytes: int, receive: Receive) -> None:
