@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serve.engine.base import EngineConfig
 from serve.errors import ConfigError
+from serve.folders import default_cache
 
 PREFIX = "SERVE_"
 
@@ -84,6 +85,9 @@ class Settings(BaseSettings):
     engine: EngineName = Field(EngineName.TRANSFORMERS, description="transformers, or echo (no model, for tests).")
     device: Device = Field(Device.AUTO, description="auto: CUDA when there is a usable GPU, else CPU.")
     dtype: Dtype = Field(Dtype.AUTO, description="auto: bfloat16 where the device has it, else what it can do.")
+    cache_dir: Path | None = Field(
+        None, description="Folder for what later starts use again. Default: trimaran in the user's cache folder."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback, keys are needed.")
@@ -195,6 +199,7 @@ class Settings(BaseSettings):
             max_queue=self.max_queue,
             num_threads=self.threads,
             trust_remote_code=self.trust_remote_code,
+            cache_dir=self.cache_dir or _default_cache(),
         )
 
 
@@ -210,6 +215,13 @@ def _written(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _default_cache() -> Path | None:
+    try:
+        return default_cache()
+    except RuntimeError:  # containers run as users without a home
+        return None
 
 
 def is_loopback(host: str) -> bool:

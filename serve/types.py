@@ -176,6 +176,14 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """Whether requests run in one batch, and if not, why; they then take turns, token by token."""
+
+    enabled: bool
+    reason: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine's load and of its signs of life.

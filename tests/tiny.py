@@ -84,6 +84,7 @@ class Ready:
         self.num_slots, self.max_model_len, self.step = runner.num_slots, runner.max_model_len, runner.step
         self.reseed = runner.reseed
         self.vocab_size = runner.vocab_size
+        self.alone_reason = runner.alone_reason
 
     def prepare(self, files: ModelFiles, phase: Any) -> None:
         pass

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import click
 from filelock import FileLock, Timeout
 
 from serve.errors import ModelLoadError
+from serve.folders import default_cache
 
 NAME = "SmolLM2-135M-Instruct"
 VERSION = "0.1.2"
@@ -66,13 +67,6 @@ def prepare(cache: Path | None = None, fetch: Fetch | None = None) -> Path:
             "it needs 0.6 GB: free some space, or set XDG_CACHE_HOME to a folder that you can write"
         ) from error
     return folder
-
-
-def default_cache(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder that everything cached by the kit is below."""
-    given = environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path is to be ignored.
-    return (Path(given) if Path(given).is_absolute() else Path.home() / ".cache") / "trimaran"
 
 
 def is_complete(folder: Path) -> bool:

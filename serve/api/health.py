@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.schemas.common import ErrorResponse, Health, Version
+from serve.api.schemas.common import Batching, ErrorResponse, Health, Version
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.settings import Settings
@@ -66,6 +66,7 @@ async def get_version(request: Request) -> Version:
         engine=settings.engine.value,
         status=lifecycle.state.value,
         phases=dict(lifecycle.phases),
+        batching=batching(lifecycle),
     )
 
 
@@ -80,6 +81,12 @@ async def get_metrics(request: Request) -> Response:
     """Counters, histograms and gauges in Prometheus' text format."""
     metrics: Metrics = request.app.state.metrics
     return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
+def batching(lifecycle: Lifecycle) -> Batching | None:
+    """How the engine computes requests; None while it loads."""
+    known = lifecycle.engine.batching
+    return Batching(enabled=known.enabled, reason=known.reason) if known else None
 
 
 def package_version() -> str:

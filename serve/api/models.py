@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import show
-from serve.api.health import package_version
+from serve.api.health import batching, package_version
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
@@ -36,6 +36,7 @@ def _model(request: Request) -> Model:
         created=int(lifecycle.started_at),
         owned_by="trimaran",
         max_model_len=lifecycle.max_model_len,
+        batching=batching(lifecycle),
     )
 
 

@@ -7,6 +7,9 @@ so the model's own code stays unmodified.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,70 +18,105 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.kv_cache import KVCache
-from serve.engine.scheduler import Batch
-from serve.errors import ModelLoadError
+from serve.engine.patterns import Pattern
+from serve.engine.scheduler import Batch, Chunk
 
 NAME = "trimaran"
+
+_step: ContextVar[StepContext] = ContextVar("step")
+"""The step that this thread is running.  Not a keyword through the model: some families do not pass keywords on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkView:
-    """Columns ``begin:end`` of the row are positions ``start:start + end - begin`` of ``slot``."""
+    """Columns ``begin:end`` of the row over the keys ``first_key:last_key`` of ``slot``."""
 
     begin: int
     end: int
     slot: int
-    start: int
+    first_key: int
+    last_key: int
     mask: Tensor | None
-    """``[end - begin, start + end - begin]``, True where a key is visible; None: plain causal."""
+    """``[end - begin, last_key - first_key]``, True where a key is seen; None: plain causal."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the layers of one pattern see of a step."""
+
+    first_key: int
+    """Of all decodes together."""
+    last_key: int
+    decode_mask: Tensor | None
+    """``[num_decodes, 1, 1, last_key - first_key]``, added to the scores; None: every key is seen."""
+    chunks: tuple[ChunkView, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What attention must know of one step; travels through the model as the keyword ``step``."""
+    """What attention must know of one step."""
 
     cache: KVCache
     num_decodes: int
     rows: Tensor
     """``[T]``: ``slot * max_len + position`` of each column."""
-    decode_len: int
-    decode_mask: Tensor | None
-    """``[num_decodes, 1, 1, decode_len]``, added to the scores."""
-    chunks: tuple[ChunkView, ...]
+    views: dict[Pattern, View]
 
 
 def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch.device) -> StepContext:
     """Lay out a batch: decodes first, then chunks."""
     positions = [sequence.num_computed_tokens for sequence in batch.decodes]
     rows = [sequence.slot * cache.max_len + sequence.num_computed_tokens for sequence in batch.decodes]
-    chunks: list[ChunkView] = []
+    for sequence in batch.decodes:
+        cache.extend(sequence.slot, sequence.num_computed_tokens, sequence.num_computed_tokens + 1)
     for chunk in batch.chunks:
-        begin, end = len(rows), len(rows) + chunk.num_tokens
+        cache.extend(chunk.sequence.slot, chunk.start, chunk.start + chunk.num_tokens)
         first = chunk.sequence.slot * cache.max_len + chunk.start
         rows += range(first, first + chunk.num_tokens)
-        mask = _chunk_mask(chunk.start, chunk.num_tokens, device) if chunk.start else None
-        chunks.append(ChunkView(begin, end, chunk.sequence.slot, chunk.start, mask))
-    decode_len = max(positions, default=-1) + 1
     return StepContext(
         cache=cache,
         num_decodes=len(positions),
         rows=torch.tensor(rows, device=device),
-        decode_len=decode_len,
-        decode_mask=_decode_mask(positions, decode_len, dtype, device) if len(positions) > 1 else None,
-        chunks=tuple(chunks),
+        views={pattern: _view(pattern, positions, batch.chunks, dtype, device) for pattern in set(cache.patterns)},
     )
 
 
-def _chunk_mask(start: int, num_tokens: int, device: torch.device) -> Tensor:
-    keys = torch.arange(start + num_tokens, device=device)
-    return keys[None, :] <= keys[start:, None]
+def _view(
+    pattern: Pattern, positions: list[int], chunks: tuple[Chunk, ...], dtype: torch.dtype, device: torch.device
+) -> View:
+    first_keys = [pattern.first(position) for position in positions]
+    first_key, last_key = min(first_keys, default=0), max(positions, default=-1) + 1
+    mask = None
+    if len(set(positions)) > 1:
+        keys = torch.arange(first_key, last_key, device=device)
+        seen = pattern.visible(torch.tensor(positions, device=device), keys)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None, None, :]
+    begin, views = len(positions), list[ChunkView]()
+    for chunk in chunks:
+        end = begin + chunk.num_tokens
+        views.append(_chunk_view(pattern, chunk, begin, end, device))
+        begin = end
+    return View(first_key, last_key, mask, tuple(views))
 
 
-def _decode_mask(positions: list[int], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    keys = torch.arange(length, device=device)
-    hidden = keys[None, :] > torch.tensor(positions, device=device)[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return mask[:, None, None, :]
+def _chunk_view(pattern: Pattern, chunk: Chunk, begin: int, end: int, device: torch.device) -> ChunkView:
+    first_key, last_key = pattern.first(chunk.start), chunk.start + chunk.num_tokens
+    # The first query sees itself alone and the last one sees the first key: a triangle, which needs no mask.
+    if first_key == chunk.start and pattern.first(last_key - 1) == first_key:
+        return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, None)
+    queries = torch.arange(chunk.start, last_key, device=device)
+    keys = torch.arange(first_key, last_key, device=device)
+    return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, pattern.visible(queries, keys))
+
+
+@contextmanager
+def running(step: StepContext) -> Generator[None]:
+    """Attention of this thread belongs to ``step``."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 def slot_attention(
@@ -88,79 +126,89 @@ def slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001 - transformers passes it by this name
     scaling: float | None = None,
-    step: StepContext | None = None,
-    **options: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_options: Any,
 ) -> tuple[Tensor, None]:
-    """Write the row's keys and values to their slots, attend, return ``[1, T, num_heads, head_dim]``.
+    """Write the row's keys and values to their slots, attend, return ``[1, T, num_heads, value_dim]``.
 
     Args:
         module: The attention layer; its ``layer_idx`` names the cache's layer.
         query: ``[1, num_heads, T, head_dim]``.
         key: ``[1, num_kv_heads, T, head_dim]``.
         value: ``[1, num_kv_heads, T, value_dim]``.
-        attention_mask: Unused: the slots say what is visible.
+        attention_mask: Unused: the slots and the layer's pattern say what is seen.
         scaling: Factor of the scores; None is ``head_dim ** -0.5``.
-        step: The step's layout.
-        options: What transformers passes besides; an option that changes the result is refused.
+        softcap: Bound of the scores, which pass through ``softcap * tanh(score / softcap)``.
+        s_aux: ``[num_heads]``: scores of an attention sink, which takes weight and gives no value.
+        _options: What ``serve.engine.gate`` has found to change nothing.
     """
-    if step is None:
-        raise RuntimeError("the model did not pass the step on to attention")
-    refuse_options(options, step.cache.max_len)
+    step = _step.get()
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    key_cache, value_cache = step.cache.layer(int(module.layer_idx), keys, values)  # pyright: ignore[reportArgumentType]
+    layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+    key_cache, value_cache = step.cache.layer(layer, keys, values)
     key_cache.flatten(0, 1).index_copy_(0, step.rows, keys)
     value_cache.flatten(0, 1).index_copy_(0, step.rows, values)
-    parts = [_attend_chunk(query, key_cache, value_cache, chunk, scaling) for chunk in step.chunks]
+    view = step.views[step.cache.patterns[layer]]
+    extras = _Extras(scaling, softcap, s_aux)
+    parts = [_attend_chunk(query, key_cache, value_cache, chunk, extras) for chunk in view.chunks]
     if step.num_decodes:
-        parts.insert(0, _attend_decodes(query, key_cache, value_cache, step, scaling))
+        parts.insert(0, _attend_decodes(query, key_cache, value_cache, step.num_decodes, view, extras))
     row = parts[0] if len(parts) == 1 else torch.cat(parts)
     return row.unsqueeze(0), None
 
 
-def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, step: StepContext, scaling: float | None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    scaling: float | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, count: int, view: View, extras: _Extras) -> Tensor:
     """One query of each sequence over a view of slots ``0..n-1``; query heads of a group become queries."""
-    count, num_kv_heads = step.num_decodes, keys.shape[2]
+    num_kv_heads = keys.shape[2]
     grouped = query[0, :, :count].transpose(0, 1).reshape(count, num_kv_heads, -1, query.shape[-1])
-    visible_keys = keys[:count, : step.decode_len].transpose(1, 2)
-    visible_values = values[:count, : step.decode_len].transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        grouped, visible_keys, visible_values, attn_mask=step.decode_mask, scale=scaling
-    )
+    seen_keys = keys[:count, view.first_key : view.last_key].transpose(1, 2)
+    seen_values = values[:count, view.first_key : view.last_key].transpose(1, 2)
+    out = _attend(grouped, seen_keys, seen_values, view.decode_mask, False, extras)
     return out.flatten(1, 2)
 
 
-def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView, scaling: float | None) -> Tensor:
+def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView, extras: _Extras) -> Tensor:
     """A piece of one prompt over its own slot."""
-    length = chunk.start + chunk.end - chunk.begin
     groups = query.shape[1] // keys.shape[2]
-    slot_keys = keys[chunk.slot, :length].transpose(0, 1).repeat_interleave(groups, 0)
-    slot_values = values[chunk.slot, :length].transpose(0, 1).repeat_interleave(groups, 0)
-    out = F.scaled_dot_product_attention(
-        query[:, :, chunk.begin : chunk.end],
-        slot_keys[None],
-        slot_values[None],
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        scale=scaling,
-    )
+    slot_keys = keys[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1).repeat_interleave(groups, 0)
+    slot_values = values[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1).repeat_interleave(groups, 0)
+    queries = query[:, :, chunk.begin : chunk.end]
+    out = _attend(queries, slot_keys[None], slot_values[None], chunk.mask, chunk.mask is None, extras)
     return out[0].transpose(0, 1)
 
 
-def refuse_options(options: dict[str, Any], max_len: int) -> None:
-    """Refuse what this function would get silently wrong.
-
-    Raises:
-        ModelLoadError: a sliding window shorter than the context, a softcap, attention sinks.
-    """
-    window = options.get("sliding_window")
-    if window is not None and window < max_len:
-        raise ModelLoadError(
-            f"this model attends through a sliding window of {window} tokens, which the engine does not do yet; "
-            f"set SERVE_MAX_MODEL_LEN={window} to serve it exactly within the window"
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool, extras: _Extras
+) -> Tensor:
+    """``[batch, heads, num_queries, value_dim]``; fused where the scores need nothing special."""
+    if extras.softcap is None and extras.sinks is None:
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=is_causal, scale=extras.scaling
         )
-    for name in ("softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ModelLoadError(f"this model's attention uses {name}, which the engine does not do yet")
+    scaling = query.shape[-1] ** -0.5 if extras.scaling is None else extras.scaling
+    scores = (query @ keys.transpose(-1, -2)).float() * scaling
+    if extras.softcap is not None:
+        scores = (scores / extras.softcap).tanh_() * extras.softcap
+    if is_causal:
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if extras.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        # Heads and queries of a decode batch are [num_kv_heads, heads of a group], of a chunk [num_heads, queries].
+        heads = query.shape[1]
+        sinks = extras.sinks.float().view(1, heads, -1, 1).expand(len(query), heads, query.shape[2], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    return weights.to(values.dtype) @ values
 
 
 def register() -> None:

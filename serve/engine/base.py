@@ -15,7 +15,7 @@ from typing import Protocol
 
 from serve.engine.scheduler import Batch
 from serve.errors import InvalidRequest, ServeError
-from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from serve.types import Batching, EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
@@ -36,6 +36,7 @@ class EngineConfig:
     prefill_chunk_tokens: int = 512
     num_threads: int | None = None
     trust_remote_code: bool = False
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,11 @@ class Engine(Protocol):
         """Token ids are below this; ``None`` before ``load``."""
         ...
 
+    @property
+    def batching(self) -> Batching | None:
+        """Whether requests run in one batch; ``None`` before ``load``."""
+        ...
+
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """What of ``load`` can be done before a memory snapshot is taken: imports, and weights in main memory.
 
@@ -223,6 +229,11 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int:
         """Width of the logits, known after ``load``."""
+        ...
+
+    @property
+    def alone_reason(self) -> str | None:
+        """Why sequences run one after the other; None when they run as one batch.  Known after ``load``."""
         ...
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:

@@ -34,6 +34,7 @@ class EchoRunner:
     """Repeats the prompt token by token, then ends the sequence."""
 
     vocab_size = VOCAB_SIZE
+    alone_reason: str | None = None
 
     def __init__(self, config: EngineConfig, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
         self.num_slots = config.max_batch_size or NUM_SLOTS

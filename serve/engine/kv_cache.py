@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
+from serve.engine.patterns import Pattern
 from serve.engine.scheduler import Move
 
 
@@ -16,11 +17,30 @@ class KVCache:
 
     A layer's tensors are made when it is first seen, so that the model itself says how many layers and heads it
     has, and keys and values may differ in size.
+
+    Beyond the tokens of its own sequence a slot reads as zero where a batch may read it: a masked weight of 0 times
+    a NaN that another request left there would be NaN.
+
+    Args:
+        num_slots: Sequences.
+        max_len: Tokens of each.
+        dtype: Of the model's keys and values.
+        device: Where the model runs.
+        patterns: What each layer sees, in the order of the layers.
     """
 
-    def __init__(self, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        patterns: tuple[Pattern, ...] = (),
+    ) -> None:
         self.num_slots = num_slots
         self.max_len = max_len
+        self.patterns = patterns
+        self._num_written = [0] * num_slots
         self._dtype = dtype
         self._device = device
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -49,7 +69,7 @@ class KVCache:
 
     def resized(self, num_slots: int, max_len: int) -> KVCache:
         """A cache of the same layers, all allocated."""
-        made = KVCache(num_slots, max_len, self._dtype, self._device)
+        made = KVCache(num_slots, max_len, self._dtype, self._device, self.patterns)
         for index, (key, value) in self._layers.items():
             made.layer(index, key, value)
         return made
@@ -60,13 +80,19 @@ class KVCache:
             for pair in self._layers.values():
                 for tensor in pair:
                     tensor[move.target, : move.num_tokens] = tensor[move.source, : move.num_tokens]
+            self.extend(move.target, move.num_tokens, move.num_tokens)
+
+    def extend(self, slot: int, start: int, end: int) -> None:
+        """Tokens ``start`` to ``end`` of a slot are written next; what another sequence left after ``start`` goes."""
+        if self._num_written[slot] > start:
+            for pair in self._layers.values():
+                for tensor in pair:
+                    tensor[slot, start : self._num_written[slot]] = 0
+        self._num_written[slot] = end
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take no memory before they are written, where the device can do that.
-
-    They must read as zero: a masked weight of 0 times a stray NaN is NaN.
-    """
+    """Zeros that take no memory before they are written, where the device can do that."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""From files to a model that is proven to run behind :mod:`serve.engine.attention`, or a refusal with the reason."""
+"""From files to a model on its device, or a refusal with the reason."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ from typing import Any, cast
 import torch
 
 from serve import checkpoint
-from serve.engine import attention
 from serve.engine.base import EngineConfig, ModelFiles
 from serve.engine.device import choose_dtype, without_cuda
-from serve.engine.kv_cache import KVCache
-from serve.engine.scheduler import Batch, Scheduler
 from serve.errors import ModelLoadError
-from serve.types import GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-PROBE_PROMPT = (3, 5, 7, 11, 13)
-PROBE_STEPS = 2
-# Relative to the spread of the logits.  A wrong layout or a lost state is off by about the spread itself.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
 def import_transformers() -> None:
@@ -144,94 +135,6 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
             tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype
     return model
-
-
-def probe(model: Any, max_model_len: int) -> KVCache:
-    """Compare a short prompt and two decoded tokens with transformers' own attention; switch the model to ours.
-
-    Returns:
-        The probe's small cache, which knows the shapes of all layers.
-
-    Raises:
-        ModelLoadError: the model keeps state that our slots do not hold, or its attention is not called.
-    """
-    config = model.config.get_text_config()
-    _refuse_by_config(model, config, max_model_len)
-    device, dtype = model.device, model.dtype
-    tokens = [token_id % config.vocab_size for token_id in PROBE_PROMPT]
-    native = list(tokens)
-    expected: list[torch.Tensor] = []
-    for _ in range(PROBE_STEPS):
-        expected.append(model(input_ids=torch.tensor([native], device=device), use_cache=False).logits[0, -1].float())
-        native.append(int(expected[-1].argmax()))
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    cache = KVCache(2, len(native) + 1, dtype, device)
-    scheduler = Scheduler(num_slots=2, prefill_chunk_tokens=3, eos_token_ids=frozenset())
-    params = SamplingParams(max_tokens=PROBE_STEPS, temperature=0.0)
-    scheduler.add(GenerationRequest(request_id="probe", prompt_token_ids=tuple(tokens), params=params))
-    got: list[torch.Tensor] = []
-    while scheduler.has_work:
-        batch = scheduler.schedule()
-        logits = _probe_forward(model, batch, cache)
-        if batch.sampled:
-            got.append(logits.float())
-        scheduler.complete(batch, [native[len(tokens) + len(got) - 1]] if batch.sampled else [])
-        scheduler.release()
-    _compare(expected, got, dtype, cache.num_layers, config.num_hidden_layers, type(model).__name__)
-    return cache
-
-
-def _probe_forward(model: Any, batch: Batch, cache: KVCache) -> torch.Tensor:
-    if batch.decodes:
-        token_ids, first = batch.decodes[0].output_token_ids[-1:], batch.decodes[0].num_computed_tokens
-    else:
-        chunk = batch.chunks[0]
-        first = chunk.start
-        token_ids = list(chunk.sequence.prompt_token_ids[first : first + chunk.num_tokens])
-    positions = torch.arange(first, first + len(token_ids), device=model.device)[None]
-    try:
-        return model(
-            input_ids=torch.tensor([token_ids], device=model.device),
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=torch.tensor([len(token_ids) - 1], device=model.device),
-            step=attention.make_context(batch, cache, model.dtype, model.device),
-        ).logits[0, -1]
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        raise ModelLoadError(f"{type(model).__name__} does not run in the engine: {_first_line(error)}") from error
-
-
-def _compare(
-    expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.dtype, seen: int, layers: int, name: str
-) -> None:
-    if seen != layers:
-        raise ModelLoadError(
-            f"{name} has {layers} layers, but attention was called in {seen}: it cannot be batched here"
-        )
-    worst = max(float((a - b).abs().max() / a.std()) for a, b in zip(expected, got, strict=True))
-    if not worst <= PROBE_TOLERANCE[dtype]:
-        raise ModelLoadError(
-            f"{name} gives other logits in the engine than alone (off by {worst:.2g} of their spread): "
-            "it keeps state between tokens that the engine does not hold"
-        )
-    logger.info("Probe: logits agree with transformers' own attention (off by %.2g of their spread)", worst)
-
-
-def _refuse_by_config(model: Any, config: Any, max_model_len: int) -> None:
-    name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
-        raise ModelLoadError(f"{name} is recurrent; only attention-based models can be served")
-    odd = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"})
-    if odd:
-        raise ModelLoadError(f"{name} has layers of type {', '.join(odd)}; only full attention is served yet")
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings") or max_model_len
-    # These read the longest position of the whole row, so one request would change its neighbours' results.
-    if kind in {"dynamic", "longrope"} and max_model_len > original:
-        raise ModelLoadError(f"{name} uses {kind} RoPE; set SERVE_MAX_MODEL_LEN={original} to serve it exactly")
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
@@ -26,7 +27,7 @@ from serve.read_ahead import reading_ahead
 from serve.types import GenerationRequest, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from serve.engine.kv_cache import KVCache
+    from serve.engine.alone import AloneForward
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ SHORTAGES = ("not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_AL
 
 CPU_SLOTS = 32
 CUDA_SLOTS = 64
+ALONE_SLOTS = 4
+"""Of the fallback: its step costs as much as its sequences one after the other."""
 CPU_CACHE_SHARE = 0.5
 CUDA_CACHE_SHARE = 0.85
 
@@ -53,6 +56,8 @@ class TransformersRunner:
         self._threads = choose_threads(config.num_threads)
         self._threads_set_for: int | None = None
         self._prepared: Any = None
+        self.alone_reason: str | None = None
+        self._alone: AloneForward | None = None
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """Import torch and bring the weights into main memory, for a memory snapshot.
@@ -97,10 +102,10 @@ class TransformersRunner:
             with phase("pack"), torch.inference_mode():
                 linear.pack(self._model)
         with phase("probe"), torch.inference_mode():
-            seen = loader.probe(self._model, files.max_model_len)
+            bytes_per_token = self._examine(files)
         self.vocab_size = int(self._model.config.get_text_config().vocab_size)
         with phase("kv_cache"):
-            self._make_cache(seen, files.max_model_len)
+            self._make_cache(bytes_per_token, files.max_model_len)
         self.reseed()
         with phase("warm_up"):
             self._warm_up()
@@ -126,22 +131,50 @@ class TransformersRunner:
 
                 loader.import_transformers()
 
-    def _make_cache(self, seen: KVCache, model_len: int) -> None:
+    def _examine(self, files: ModelFiles) -> int:
+        """Choose batches or the fallback; return the bytes that one token takes in the cache."""
+        import torch  # noqa: PLC0415
+
+        from serve.engine import gate  # noqa: PLC0415
+        from serve.engine.alone import AloneForward  # noqa: PLC0415
+        from serve.engine.survey import NotBatchable  # noqa: PLC0415
+        from serve.engine.verdicts import VerdictFile  # noqa: PLC0415
+
+        folders = [files.folder] if files.adapter is None else [files.folder, files.adapter]
+        facts = [torch.__version__, version("transformers"), str(self._dtype.value), self._device.value.type]
+        try:
+            seen = gate.examine(self._model, VerdictFile(self._config.cache_dir, folders, facts))
+        except NotBatchable as reason:
+            self.alone_reason = f"{type(self._model).__name__} runs one request at a time: {reason}"
+            logger.warning("Batching: off; %s", self.alone_reason)
+            self._alone = AloneForward(self._model)
+            return max(1, self._alone.verify())
+        self._cache = seen
+        return seen.bytes_per_token
+
+    def _make_cache(self, bytes_per_token: int, model_len: int) -> None:
         """Allocate all layers at once, so that a shortage shows here and not at somebody's request."""
+        from serve.engine.rope import fix_frequencies  # noqa: PLC0415
+
         device = self._device.value
         on_cuda = device.type == "cuda"
+        slots = ALONE_SLOTS if self._alone else CUDA_SLOTS if on_cuda else CPU_SLOTS
         size = fit_cache(
-            bytes_per_token=seen.bytes_per_token,
+            bytes_per_token=bytes_per_token,
             budget=int(available_memory(device) * (CUDA_CACHE_SHARE if on_cuda else CPU_CACHE_SHARE)),
             model_len=model_len,
-            default_slots=CUDA_SLOTS if on_cuda else CPU_SLOTS,
+            default_slots=slots,
             max_batch_size=self._config.max_batch_size,
             max_model_len=self._config.max_model_len,
         )
         logger.info("KV cache: %s", size.reason)
         self.num_slots, self.max_model_len = size.num_slots, size.max_model_len
+        if fixed := fix_frequencies(self._model, size.max_model_len):
+            logger.info("RoPE: %s, with the frequencies of %d tokens", ", ".join(fixed), size.max_model_len)
+        if self._alone:
+            return
         try:
-            self._cache = seen.resized(size.num_slots, size.max_model_len)
+            self._cache = self._cache.resized(size.num_slots, size.max_model_len)
         except (RuntimeError, OSError) as error:
             raise ModelLoadError(f"the KV cache cannot be allocated: {size.reason}; {error}") from error
 
@@ -150,6 +183,8 @@ class TransformersRunner:
 
         On a GPU with the longest prompt that a step may hold: the memory it needs is proven to be there.
         """
+        from serve.engine.gate import not_finite  # noqa: PLC0415
+
         chunk = self._config.prefill_chunk_tokens
         num_tokens = min(chunk, self.max_model_len - 2) if self._device.value.type == "cuda" else 3
         scheduler = Scheduler(num_slots=1, prefill_chunk_tokens=chunk, eos_token_ids=frozenset())
@@ -164,9 +199,7 @@ class TransformersRunner:
                     f"no memory is left for a step of {num_tokens} tokens; lower SERVE_MAX_BATCH_SIZE"
                 ) from error
             if None in token_ids:
-                raise ModelLoadError(
-                    f"the model's logits are not finite in {self._dtype.value}; try SERVE_DTYPE=bfloat16 or float32"
-                )
+                raise not_finite(self._dtype.value)
             scheduler.complete(batch, [token_id or 0 for token_id in token_ids])
             scheduler.release()
 
@@ -181,7 +214,6 @@ class TransformersRunner:
         self._use_threads()
         try:
             with torch.inference_mode():
-                self._cache.move(batch.moves)
                 return self._outcome(batch, self._forward(batch))
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in SHORTAGES):
@@ -209,32 +241,11 @@ class TransformersRunner:
 
     def _forward(self, batch: Batch) -> Any:
         """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens."""
-        import torch  # noqa: PLC0415
+        if self._alone:
+            return self._alone.logits(batch)
+        from serve.engine.packed import forward  # noqa: PLC0415
 
-        from serve.engine.attention import make_context  # noqa: PLC0415
-
-        token_ids = [_last_token(sequence) for sequence in batch.decodes]
-        positions = [sequence.num_computed_tokens for sequence in batch.decodes]
-        wanted = list(range(len(batch.decodes)))
-        for_prompts: list[int] = []
-        for chunk in batch.chunks:
-            token_ids += chunk.sequence.prompt_token_ids[chunk.start : chunk.start + chunk.num_tokens]
-            positions += range(chunk.start, chunk.start + chunk.num_tokens)
-            if chunk.completes_prompt:
-                wanted.append(len(token_ids) - 1)
-            if chunk.sequence.params.prompt_logprobs is not None:
-                begin = len(token_ids) - chunk.num_tokens
-                for_prompts += range(begin, begin + len(chunk.predicted))
-        wanted += for_prompts
-        device = self._device.value
-        return self._model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            # A step of partial prompts needs no logits, but every model takes one row.
-            logits_to_keep=torch.tensor(wanted or [0], device=device),
-            step=make_context(batch, self._cache, self._dtype.value, device),
-        ).logits[0]
+        return forward(self._model, batch, self._cache)
 
     def _use_threads(self) -> None:
         """OpenMP's thread count belongs to the calling thread."""
@@ -245,10 +256,6 @@ class TransformersRunner:
         if self._threads_set_for != threading.get_ident():
             torch.set_num_threads(self._threads.value)
             self._threads_set_for = threading.get_ident()
-
-
-def _last_token(sequence: Any) -> int:
-    return sequence.output_token_ids[-1]
 
 
 class TransformersEngine(StepEngine):

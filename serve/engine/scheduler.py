@@ -19,7 +19,7 @@ PROMPT_LOGPROB_TOKENS = 64
 """Of a prompt whose log-probabilities are asked for, at most this many tokens a step: each gives a row of logits."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One request's tokens inside the engine."""
 

@@ -12,35 +12,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, check_vocabulary
+from serve.engine.commands import Abort, Add, Command, FailWaiting
 from serve.engine.live import GRAMMAR_FAILED, LiveRequest
 from serve.engine.pulse import Pulse
 from serve.engine.scheduler import Batch, Scheduler, Sequence
 from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
-from serve.types import EngineStats, FinishReason, GenerationRequest, TokenEvent
+from serve.types import Batching, EngineStats, FinishReason, GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: GenerationRequest
-    submitted_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _FailWaiting:
-    error: ServeError
-
-
-_Command = _Add | _Abort | _FailWaiting | None
 _Events = list[tuple[str, TokenEvent]]
 
 
@@ -52,8 +36,8 @@ class StepEngine:
         self._runner = runner
         self._files: ModelFiles | None = None
         self._streams: dict[str, TokenStream] = {}
-        self._early: dict[str, _Add] = {}
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._early: dict[str, Add] = {}
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._live: dict[str, LiveRequest] = {}
         self._scheduler: Scheduler | None = None
@@ -69,6 +53,12 @@ class StepEngine:
     def vocab_size(self) -> int | None:
         """Token ids are below this; ``None`` before ``load``."""
         return self._runner.vocab_size if self._files else None
+
+    @property
+    def batching(self) -> Batching | None:
+        """Whether requests run in one batch; ``None`` before ``load``."""
+        reason = self._runner.alone_reason
+        return Batching(reason is None, reason) if self._files else None
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """What can be done before a memory snapshot; blocking."""
@@ -120,7 +110,7 @@ class StepEngine:
             )
         stream = TokenStream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
-        command = _Add(request, time.perf_counter())
+        command = Add(request, time.perf_counter())
         if self._thread is None:
             self._early[request.request_id] = command
         else:
@@ -130,14 +120,14 @@ class StepEngine:
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step."""
         if self._streams.pop(request_id, None) and not self._early.pop(request_id, None):
-            self._commands.put(_Abort(request_id))
+            self._commands.put(Abort(request_id))
 
     def fail_waiting(self, error: ServeError) -> None:
         """End every request that has no slot yet."""
         if self._thread is None:
             self.fail_all(error)
         else:
-            self._commands.put(_FailWaiting(error))
+            self._commands.put(FailWaiting(error))
 
     def fail_all(self, error: ServeError) -> None:
         """End every request."""
@@ -211,18 +201,18 @@ class StepEngine:
             match command:
                 case None:
                     return False
-                case _Abort(request_id):
+                case Abort(request_id):
                     self._live.pop(request_id, None)
                     scheduler.abort(request_id)
                     scheduler.release()
-                case _FailWaiting(error):
+                case FailWaiting(error):
                     for sequence in tuple(scheduler.waiting):
                         events.append(self._end_with(sequence, error))
                     scheduler.release()
-                case _Add():
+                case Add():
                     self._add(scheduler, files, command, events)
 
-    def _add(self, scheduler: Scheduler, files: ModelFiles, command: _Add, events: _Events) -> None:
+    def _add(self, scheduler: Scheduler, files: ModelFiles, command: Add, events: _Events) -> None:
         request = command.request
         try:
             request = self._fitted(request)

@@ -6,6 +6,10 @@ import httpx2 as httpx
 import pytest
 from support import chat, loading, openai_error, serving
 
+from serve.engine.base import EngineConfig
+from serve.engine.echo import EchoRunner
+from serve.engine.worker import StepEngine
+
 
 def test_models_list_has_the_one_model(client: httpx.Client) -> None:
     body = client.get("/v1/models").json()
@@ -15,6 +19,22 @@ def test_models_list_has_the_one_model(client: httpx.Client) -> None:
     assert (model["id"], model["object"], model["owned_by"]) == ("echo", "model", "trimaran")
     assert isinstance(model["created"], int)
     assert model["max_model_len"] == 8192
+    assert model["batching"] == {"enabled": True, "reason": None}
+
+
+def test_models_and_version_say_why_requests_are_not_batched() -> None:
+    runner = EchoRunner(EngineConfig())
+    runner.alone_reason = "it is recurrent"
+    engine = StepEngine(EngineConfig(), runner)
+    with serving(engine) as served, httpx.Client(base_url=served.url) as client:
+        told = {"enabled": False, "reason": "it is recurrent"}
+        assert client.get("/v1/models/echo").json()["batching"] == told
+        assert client.get("/version").json()["batching"] == told
+
+
+def test_batching_is_unknown_while_loading() -> None:
+    with loading() as (served, _), httpx.Client(base_url=served.url) as client:
+        assert client.get("/v1/models").json()["data"][0]["batching"] is None
 
 
 @pytest.mark.parametrize("name", ["org/model", "a/b/c", "model:7b-q4", "it's 1"])

@@ -171,3 +171,21 @@ def test_engine_refuses_to_start_before_load(loaded):
     engine = StepEngine(EngineConfig(), Ready(loaded.runner))
     with pytest.raises(RuntimeError, match="load"):
         engine.start(print)
+
+
+async def test_what_a_poisoned_request_left_in_its_slot_hurts_nobody(loaded):
+    """Case 35, afterwards: a batch reads every slot up to its longest sequence, and 0 times NaN is NaN."""
+    prompts = [[7] * 60, [8] * 3]
+    expected = [generate_alone(loaded, prompt, 24) for prompt in prompts]
+    poison = loaded.vocab_size - 1
+    embedding = loaded.runner._model.get_input_embeddings().weight
+    kept = embedding[poison].clone()
+    greedy = SamplingParams(max_tokens=24, temperature=0.0)
+    async with loaded.running() as engine:
+        embedding.data[poison] = float("nan")
+        poisoned = [engine.submit(request([poison] * 50, greedy)) for _ in range(4)]
+        await asyncio.gather(*(collect(stream) for stream in poisoned), return_exceptions=True)
+        embedding.data[poison] = kept
+        streams = [engine.submit(request(prompt, greedy)) for prompt in prompts]
+        got = await asyncio.gather(*(collect(stream) for stream in streams))
+    assert [answer.token_ids for answer in got] == expected

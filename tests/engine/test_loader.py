@@ -1,4 +1,4 @@
-"""The load-time proof: what runs exactly is served, what would be silently wrong is refused with the reason."""
+"""What loading refuses, and what it chooses: device, number format, threads, memory."""
 
 from __future__ import annotations
 
@@ -10,54 +10,6 @@ from tiny import load, tiny_llama
 
 from serve.engine import device
 from serve.errors import ModelLoadError
-
-
-def save(folder, family: str, **config):
-    import transformers
-
-    torch.manual_seed(0)
-    base = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    made = getattr(transformers, f"{family}Config")(**{**base, **config})
-    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Olmo2", "Phi3"])
-def test_llama_type_families_pass_the_probe(tmp_path, family):
-    loaded = load(save(tmp_path, family), slots=2)
-    assert loaded.max_model_len == 256
-
-
-@pytest.mark.parametrize(
-    ("family", "config", "reason"),
-    [
-        ("Mamba", {"state_size": 8}, "recurrent|layers"),
-        ("Gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 16}, "sliding_attention|softcap"),
-        ("Mistral", {"sliding_window": 8}, "sliding|SERVE_MAX_MODEL_LEN=8"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
-    ],
-)
-def test_architecture_that_would_be_wrong_is_refused_with_the_reason(tmp_path, family, config, reason):
-    with pytest.raises(ModelLoadError, match=reason):
-        load(save(tmp_path, family, **config), slots=2)
-
-
-def test_dynamic_rope_is_refused_with_the_length_that_is_exact(tmp_path):
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-    folder = tiny_llama(tmp_path, rope_parameters=rope)
-    with pytest.raises(ModelLoadError, match="SERVE_MAX_MODEL_LEN=64"):
-        load(folder)
 
 
 def test_cache_that_does_not_fit_says_how_much_it_needs(tmp_path):
@@ -72,7 +24,7 @@ def test_weights_that_are_not_finite_are_refused_at_warm_up(tmp_path):
     model = LlamaForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data[5, 5] = float("nan")
     model.save_pretrained(folder)
-    with pytest.raises(ModelLoadError, match=r"finite|off by nan"):
+    with pytest.raises(ModelLoadError, match=r"not finite in torch\.float32"):
         load(folder)
 
 

@@ -22,6 +22,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine": {"serve.api", "serve.chat", "serve.settings", "serve.lifecycle", "pydantic"} | WEB,
     "serve/engine/base.py": TORCH,
     "serve/engine/scheduler.py": TORCH | {"asyncio", "threading"},
+    "serve/engine/commands.py": TORCH | {"asyncio", "threading"},
     "serve/engine/detokenizer.py": TORCH | {"asyncio", "threading"},
     "serve/engine/live.py": TORCH | {"asyncio", "threading"},
     "serve/engine/pulse.py": TORCH | {"asyncio"},
@@ -34,6 +35,13 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/kv_cache.py": {"asyncio", "threading"},
     "serve/engine/linear.py": {"asyncio", "threading"},
     "serve/engine/attention.py": {"asyncio", "threading"},
+    "serve/engine/patterns.py": {"asyncio", "threading"},
+    "serve/engine/packed.py": {"asyncio", "threading"},
+    "serve/engine/alone.py": {"asyncio", "threading"},
+    "serve/engine/gate.py": {"asyncio", "threading"},
+    "serve/engine/survey.py": {"asyncio", "threading"},
+    "serve/engine/rope.py": {"asyncio", "threading"},
+    "serve/engine/verdicts.py": TORCH | {"asyncio", "threading"},
     "serve/engine/sampler.py": {"asyncio", "threading"},
     "serve/engine/drawing.py": {"asyncio", "threading"},
     "serve/engine/logits.py": {"asyncio", "threading"},
@@ -51,14 +59,19 @@ FORBIDDEN: dict[str, set[str]] = {
 # Imported at module level they would cost every start seconds; inside a function they are the point.
 LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub"}
 LAZY_EXEMPT = {
+    "serve/engine/alone.py",
     "serve/engine/attention.py",
     "serve/engine/drawing.py",
+    "serve/engine/gate.py",
     "serve/engine/kv_cache.py",
     "serve/engine/linear.py",
     "serve/engine/logits.py",
     "serve/engine/logprobs.py",
     "serve/engine/loader.py",
+    "serve/engine/packed.py",
+    "serve/engine/patterns.py",
     "serve/engine/sampler.py",
+    "serve/engine/survey.py",
     "trimaran/gguf_convert.py",
     "deploy/runpod/job_scaler.py",  # imported by a function of handler.py, in queue mode only
 }

@@ -22,14 +22,25 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
+class Batching(BaseModel):
+    """Whether requests are computed together.  If not, ``reason`` says why, and they take turns token by token."""
+
+    enabled: bool
+    reason: str | None
+
+
 class Model(BaseModel):
-    """One served model.  ``max_model_len`` is null until the model's configuration is read."""
+    """One served model.
+
+    ``max_model_len`` is null until the model's configuration is read, ``batching`` until its weights are loaded.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     max_model_len: int | None
+    batching: Batching | None
 
 
 class ModelList(BaseModel):
@@ -55,3 +66,4 @@ class Version(BaseModel):
     engine: str
     status: Literal["loading", "ready", "draining", "dead"]
     phases: dict[str, float]
+    batching: Batching | None
