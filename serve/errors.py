@@ -11,6 +11,7 @@
     └─ EngineError                   our fault
        ├─ GenerationFailed           this request only; the engine lives
        ├─ OutOfMemory                this request only; the engine lives
+       ├─ UpstreamFailed             this request only; a gateway's remote failed
        ├─ ModelLoadError             exit status 3
        │  └─ HubUnreachable          no network, or no copy on this machine
        └─ EngineDead                 exit status 70, so that the platform replaces the process
@@ -169,6 +170,12 @@ class ModelLoadError(EngineError):
 
 class HubUnreachable(ModelLoadError):
     """Nobody answers for the Hub; nothing is known about the model."""
+
+
+class UpstreamFailed(EngineError):
+    """The model behind this gateway broke off or refuses the gateway."""
+
+    code = "upstream_failed"
 
 
 class EngineDead(EngineError):

@@ -30,6 +30,7 @@ class EngineName(StrEnum):
 
     TRANSFORMERS = "transformers"
     ECHO = "echo"
+    REMOTE = "remote"
 
 
 class Device(StrEnum):
@@ -82,13 +83,23 @@ class Settings(BaseSettings):
         False, description="Obey control tokens such as <|im_end|> that callers write in messages; else they are text."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    engine: EngineName = Field(EngineName.TRANSFORMERS, description="transformers, or echo (no model, for tests).")
+    engine: EngineName = Field(
+        EngineName.TRANSFORMERS, description="transformers; echo (no model); remote (a gateway)."
+    )
     device: Device = Field(Device.AUTO, description="auto: CUDA when there is a usable GPU, else CPU.")
     dtype: Dtype = Field(Dtype.AUTO, description="auto: bfloat16 where the device has it, else what it can do.")
     cache_dir: Path | None = Field(
         None, description="Folder for what later starts use again. Default: trimaran in the user's cache folder."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
+
+    remote_url: str = Field(
+        "",
+        description="With SERVE_ENGINE=remote: the OpenAI-compatible server to pass requests on to, or RunPod's queue "
+        "as https://api.runpod.ai/v2/ENDPOINT.",
+    )
+    remote_api_key: SecretStr | None = Field(None, description="The key that the gateway sends to SERVE_REMOTE_URL.")
+    remote_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds that the remote may stay silent.")
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback, keys are needed.")
     port: int = Field(
@@ -153,6 +164,8 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if self.engine is EngineName.TRANSFORMERS and not self.model:
             raise ValueError("SERVE_MODEL is not set: name a model folder or a Hugging Face id (or SERVE_ENGINE=echo)")
+        if self.engine is EngineName.REMOTE and not self.remote_url.startswith(("http://", "https://")):
+            raise ValueError("SERVE_ENGINE=remote needs SERVE_REMOTE_URL: the address of a server, https://...")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(
                 f"SERVE_HOST={self.host} is reachable from other machines: "
@@ -165,8 +178,8 @@ class Settings(BaseSettings):
         """The model's id in the API."""
         if self.model_name:
             return self.model_name
-        if self.engine is EngineName.ECHO and not self.model:
-            return "echo"
+        if self.engine is not EngineName.TRANSFORMERS and not self.model:
+            return self.engine.value
         folder = Path(self.model).expanduser()
         # Not resolve(): the name of a link is the operator's choice.
         return Path(os.path.abspath(folder)).name if folder.exists() else self.model  # noqa: PTH100

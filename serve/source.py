@@ -133,7 +133,7 @@ class EchoOrigin:
 
 def choose_origin(settings: Settings) -> ModelOrigin:
     """The origin that fits ``SERVE_ENGINE``."""
-    return EchoOrigin(settings) if settings.engine is EngineName.ECHO else CheckpointOrigin(settings)
+    return CheckpointOrigin(settings) if settings.engine is EngineName.TRANSFORMERS else EchoOrigin(settings)
 
 
 def _chat_format(settings: Settings, tokenizer: Tokenizer, template: str | None, context: int | None) -> ChatFormat:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
@@ -30,6 +30,10 @@ def create_engine(settings: Settings) -> Engine:
         from serve.engine.echo import EchoEngine  # noqa: PLC0415
 
         return EchoEngine(settings.engine_config())
+    if settings.engine is EngineName.REMOTE:
+        from serve.passage import PassageEngine  # noqa: PLC0415
+
+        return PassageEngine(settings.engine_config())
     from serve.engine.runner import TransformersEngine  # noqa: PLC0415
 
     return TransformersEngine(settings.engine_config())
@@ -101,10 +105,22 @@ def create_app(
     app.state.pace = WritePace(settings.stream_writes_per_s)
     app.state.watchdog, app.state.metrics = watchdog, metrics
     install_handlers(app)
-    for router in (chat.router, models.router, health.router, pages.router):
+    for router in (*_model_routers(app, settings), health.router, pages.router):
         app.include_router(router)
     pages.mount_assets(app)
     return app
+
+
+def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
+    """The routes that a model answers: the one here, or a gateway's remote one."""
+    if settings.engine is not EngineName.REMOTE:
+        return (chat.router, models.router)
+    from serve.api import remote  # noqa: PLC0415
+    from serve.upstream import connect  # noqa: PLC0415
+
+    key = settings.remote_api_key.get_secret_value() if settings.remote_api_key else ""
+    app.state.upstream = connect(settings.remote_url, key, settings.remote_timeout_s)
+    return (remote.router,)
 
 
 @asynccontextmanager
@@ -118,6 +134,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     # Whoever runs the app may have drained it already (serve.server does); then this returns at once.
     await lifecycle.drain(0.0 if lifecycle.is_drained else app.state.settings.drain_timeout_s)
     await lifecycle.close()
+    if (upstream := getattr(app.state, "upstream", None)) is not None:
+        await upstream.close()
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -31,6 +31,7 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.QueueFull: (429, "rate_limit_error"),
     errors.RateLimited: (429, "rate_limit_error"),
     errors.GenerationFailed: (500, SERVER),
+    errors.UpstreamFailed: (502, SERVER),
     errors.EngineNotReady: (503, BUSY),
     errors.ShuttingDown: (503, BUSY),
     errors.OutOfMemory: (503, BUSY),

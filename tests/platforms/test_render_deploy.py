@@ -134,7 +134,7 @@ def test_dry_run_prints_everything_but_secrets_and_calls_nothing(fake: FakeRende
         ("--model", "owner/name"),
         ("--image", IMAGE, "--model", "owner/name", "--plan", "free"),
         ("--model", "owner/name", "--disk-gb", "10", "--region", "frankfurt"),
-        ("--image", IMAGE, "--model", "owner/name", "--shutdown-delay", "30"),
+        ("--image", IMAGE, "--gateway", "https://x--y.modal.run", "--shutdown-delay", "30"),
         ("--image", IMAGE, "--env", "SERVE_ENGINE=echo"),
     ],
 )

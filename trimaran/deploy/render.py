@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimaran.platforms.render.api import RenderApi
     from trimaran.platforms.render.service import ServiceSpec
 
-PASSED_SECRETS = ("HF_TOKEN", "SERVE_API_KEYS")
+PASSED_SECRETS = ("HF_TOKEN", "SERVE_REMOTE_API_KEY", "SERVE_API_KEYS")
 """Taken from the local environment when they are set there."""
 
 POLL_S = 3.0
@@ -32,7 +32,8 @@ name_option = click.option("--name", default="trimaran", show_default=True, help
 @click.option("--repo", help="A Git repository with the Dockerfile, instead of an image.")
 @click.option("--branch", help="Its branch.")
 @click.option("--model", help="Hub id to serve.  Default: SERVE_MODEL.")
-@click.option("--plan", help="Instance type.  Default: standard.")
+@click.option("--gateway", metavar="URL", help="Serve no model: pass requests on to this address.")
+@click.option("--plan", help="Instance type.  Default: standard (gateway: starter).")
 @click.option("--region", default="oregon", show_default=True, help="Where it runs; cannot be changed later.")
 @click.option("--disk-gb", type=click.IntRange(1), help="A disk for the model: one instance, no overlap of deploys.")
 @click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Seconds to drain.")
@@ -45,8 +46,8 @@ name_option = click.option("--name", default="trimaran", show_default=True, help
 def render(context: click.Context, **options: Any) -> None:
     """Create or update a web service on Render, or write its Blueprint.
 
-    Render has no GPUs: this serves small models on CPUs.  The key for the API is RENDER_API_KEY; HF_TOKEN and
-    SERVE_API_KEYS are passed on as secrets when they are set.
+    Render has no GPUs: this serves small models on CPUs, or a gateway in front of a GPU elsewhere.  The key for the API
+    is RENDER_API_KEY; HF_TOKEN, SERVE_REMOTE_API_KEY and SERVE_API_KEYS are passed on as secrets when they are set.
     """
     if context.invoked_subcommand is not None:
         return
@@ -71,11 +72,13 @@ def _spec(options: dict[str, Any]) -> ServiceSpec:
     if options["image"] and options["repo"]:
         raise ConfigError("name an --image or a --repo, not both")
     environment = dict(_pair(variable) for variable in options["variables"])
-    if "SERVE_ENGINE" not in environment:
+    if options["gateway"]:
+        environment |= {"SERVE_ENGINE": "remote", "SERVE_REMOTE_URL": options["gateway"]}
+    elif "SERVE_ENGINE" not in environment:
         environment["SERVE_MODEL"] = _model(options["model"])
     return ServiceSpec(
         name=options["name"],
-        plan=options["plan"] or "standard",
+        plan=options["plan"] or ("starter" if options["gateway"] else "standard"),
         region=options["region"],
         image=options["image"],
         repo=options["repo"],
@@ -90,7 +93,7 @@ def _spec(options: dict[str, Any]) -> ServiceSpec:
 def _model(given: str | None) -> str:
     model = given or os.environ.get("SERVE_MODEL", "")
     if not model:
-        raise ConfigError("name a model: --model owner/name (or --env SERVE_ENGINE=echo)")
+        raise ConfigError("name a model: --model owner/name (or --gateway URL, or --env SERVE_ENGINE=echo)")
     if Path(model).expanduser().exists():
         raise ConfigError(f"{model} is a folder of this machine: bake it into the image, or name a Hub id")
     return model

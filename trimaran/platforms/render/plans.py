@@ -74,5 +74,5 @@ def smallest_plan(num_weight_bytes: int) -> Plan:
             return plan
     raise ConfigError(
         f"the model needs about {wanted} MB, and Render's largest plan has {PLANS['12c-96g'].memory_mb} MB: "
-        "serve it on a GPU elsewhere"
+        "serve it on a GPU elsewhere and put a gateway on Render (--gateway URL)"
     )

@@ -58,7 +58,7 @@ class ServiceSpec:
         if self.has_delay:
             drain = max(1, self.shutdown_delay_s - DRAIN_MARGIN_S)
             variables.setdefault("SERVE_DRAIN_TIMEOUT_S", str(drain))
-        if self.image is None:
+        if self.image is None and variables.get("SERVE_ENGINE") != "remote":
             variables.setdefault("TORCH_INDEX_URL", CPU_INDEX)
         return variables
 
