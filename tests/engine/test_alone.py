@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from families import FAMILIES, save
-from tiny import Answer, Loaded, collect, generate_alone, load, request
+from tiny import Answer, Loaded, collect, generate_alone, load, native, request
 
 from serve.engine.alone import AloneForward
 from serve.errors import GenerationFailed, OutOfMemory
@@ -119,3 +119,20 @@ async def test_fallback_goes_on_exactly_where_memory_ran_out(loaded, monkeypatch
     assert isinstance(got[0], Answer)
     assert got[0].token_ids == expected[0]
     assert isinstance(got[1], OutOfMemory)
+
+
+async def test_fallback_prompt_logprobs_are_those_of_one_pass(loaded):
+    """The prompt comes in chunks, as everywhere; each must predict what the whole prompt would."""
+    prompt = [3 + 7 * number % 290 for number in range(40)]
+    params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=0)
+    async with loaded.running() as engine:
+        events = [event async for arrived in engine.submit(request(prompt, params)) for event in arrived]
+    first = events[0].prompt_logprobs
+    assert first is not None
+    assert first[0] is None
+    got = [entry.logprob for entry in first[1:] if entry is not None]
+    with torch.inference_mode():
+        logits = native(loaded)(torch.tensor([prompt]), use_cache=False).logits[0].float()
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    assert got == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [event.token_id for event in events] == generate_alone(loaded, prompt, 2)
