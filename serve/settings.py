@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from serve.engine.base import EngineConfig
 from serve.errors import ConfigError
 from serve.folders import default_cache
+from serve.limits import Allowance
 
 PREFIX = "SERVE_"
 
@@ -120,6 +121,10 @@ class Settings(BaseSettings):
     )
     strict: bool = Field(False, description="Refuse unknown request fields with 400 instead of ignoring them.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot; more get 429.")
+    limit_requests_per_minute: int | None = Field(None, ge=1, description="Requests that each caller may send.")
+    limit_tokens_per_minute: int | None = Field(None, ge=1, description="Prompt and completion tokens of each caller.")
+    limit_tokens_per_day: int | None = Field(None, ge=1, description="The same for a day, which begins at 0:00 UTC.")
+    limit_concurrency: int | None = Field(None, ge=1, description="Requests that each caller may have running at once.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
     keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")
@@ -201,6 +206,15 @@ class Settings(BaseSettings):
     def loaded_from(self) -> tuple[object, ...]:
         """Everything that decides which model is in memory, and how."""
         return self.model, self.model_revision, self.chat_template, self.engine, self.engine_config()
+
+    def allowance(self) -> Allowance:
+        """What each caller may use."""
+        return Allowance(
+            requests_per_minute=self.limit_requests_per_minute,
+            tokens_per_minute=self.limit_tokens_per_minute,
+            tokens_per_day=self.limit_tokens_per_day,
+            concurrency=self.limit_concurrency,
+        )
 
     def engine_config(self) -> EngineConfig:
         """The settings that concern the engine, as plain values."""

@@ -13,10 +13,12 @@ from starlette.middleware import Middleware
 from serve.api import chat, health, models, pages
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
+from serve.api.limits import Limits
 from serve.api.middleware import BodyLimit, Boundary, Gate
 from serve.api.sse import WritePace
 from serve.engine.base import Engine
 from serve.lifecycle import Lifecycle
+from serve.limits import Limiter
 from serve.metrics import Metrics
 from serve.observe import RequestRecord
 from serve.settings import EngineName, Settings, load_settings
@@ -84,6 +86,7 @@ def create_app(
     lifecycle = lifecycle or create_lifecycle(settings, engine)
     watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
     metrics = Metrics(lifecycle, watchdog)
+    limiter = Limiter(settings.allowance())
     keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
     app = _App(
         title="Trimaran",
@@ -97,13 +100,14 @@ def create_app(
         middleware=[
             Middleware(Boundary, sinks=(RequestRecord.log, metrics.observe)),
             Middleware(Gate, keys=keys),
+            Middleware(Limits, limiter=limiter),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
         ],
     )
     app.state.settings = settings
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
-    app.state.watchdog, app.state.metrics = watchdog, metrics
+    app.state.watchdog, app.state.metrics, app.state.limiter = watchdog, metrics, limiter
     install_handlers(app)
     for router in (*_model_routers(app, settings), health.router, pages.router):
         app.include_router(router)

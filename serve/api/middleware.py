@@ -1,7 +1,7 @@
 """What every request passes, in pure ASGI so that streams and disconnects stay visible.
 
 From the outside in: :class:`Boundary` (request id, HEAD, last resort for exceptions, one log line),
-:class:`Gate` (keys), :class:`BodyLimit`.
+:class:`Gate` (keys), :class:`serve.api.limits.Limits` (allowances), :class:`BodyLimit`.
 """
 
 from __future__ import annotations

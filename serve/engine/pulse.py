@@ -6,12 +6,17 @@ Written by the engine's thread, read by the event loop; single attributes, so th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from serve.engine.base import StepOutput
 
 LAST_STEP_S = 10.0
+RATE_WINDOW_S = 60.0
+UNKNOWN_QUEUE_S = 5.0
+MIN_QUEUE_S = 1.0
+MAX_QUEUE_S = 60.0
 
 
 class Pulse:
@@ -21,6 +26,7 @@ class Pulse:
         self.num_bad_steps = 0
         self._step_began: float | None = None
         self._token_at = time.monotonic()
+        self._finished_at: deque[float] = deque(maxlen=64)
 
     @contextmanager
     def step(self) -> Generator[None]:
@@ -54,3 +60,16 @@ class Pulse:
     def token_age_s(self) -> float:
         """Seconds since the last token of any request, or since the engine was made."""
         return time.monotonic() - self._token_at
+
+    def finished(self) -> None:
+        """A request has ended; called on the event loop."""
+        self._finished_at.append(time.monotonic())
+
+    def queue_s(self, num_waiting: int) -> float:
+        """Seconds in which so many waiting requests will have been served, at the rate of the last minute."""
+        now = time.monotonic()
+        recent = [at for at in self._finished_at if now - at < RATE_WINDOW_S]
+        if not recent:
+            return UNKNOWN_QUEUE_S
+        seconds = num_waiting * max(now - recent[0], MIN_QUEUE_S) / len(recent)
+        return min(max(seconds, MIN_QUEUE_S), MAX_QUEUE_S)

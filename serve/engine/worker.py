@@ -103,11 +103,10 @@ class StepEngine:
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request; it waits while the model is loading."""
         num_slots = self._runner.num_slots if self._files else 0
-        if len(self._streams) >= num_slots + self._config.max_queue:
-            raise QueueFull(
-                f"{num_slots} requests are running and {len(self._streams) - num_slots} wait; try again shortly",
-                retry_after=1.0,
-            )
+        num_waiting = len(self._streams) - num_slots
+        if num_waiting >= self._config.max_queue:
+            message = f"{num_slots} requests are running and {num_waiting} wait; try again later"
+            raise QueueFull(message, retry_after=self._pulse.queue_s(num_waiting))
         stream = TokenStream(request.request_id, self.abort)
         self._streams[request.request_id] = stream
         command = Add(request, time.perf_counter())
@@ -161,6 +160,7 @@ class StepEngine:
                 continue
             if event.finish_reason is not None:
                 del self._streams[request_id]
+                self._pulse.finished()
             stream.put(event)
 
     def _die(self, error: ServeError, on_death: Callable[[ServeError], None]) -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from serve.engine import pulse as pulse_module
 from serve.engine.base import StepOutput
 from serve.engine.pulse import Pulse
 from serve.errors import GenerationFailed
@@ -49,3 +50,19 @@ def test_pulse_tells_the_age_of_the_last_token() -> None:
     assert pulse.token_age_s >= 0.02
     pulse.saw(StepOutput([0]))
     assert pulse.token_age_s < 0.02
+
+
+def test_pulse_tells_how_long_a_queue_takes_at_the_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse, now = Pulse(), 1000.0
+    monkeypatch.setattr(pulse_module.time, "monotonic", lambda: now)
+    assert pulse.queue_s(10) == pulse_module.UNKNOWN_QUEUE_S
+    for _ in range(20):  # two a second
+        pulse.finished()
+        now += 0.5
+    assert pulse.queue_s(10) == pytest.approx(5.0)
+    assert pulse.queue_s(1) == 1.0
+    assert pulse.queue_s(1000) == pulse_module.MAX_QUEUE_S
+    now += 59  # what was long ago says nothing about now
+    assert pulse.queue_s(10) == pulse_module.MAX_QUEUE_S
+    now += 10
+    assert pulse.queue_s(10) == pulse_module.UNKNOWN_QUEUE_S

@@ -1,0 +1,161 @@
+"""What each caller may use: requests and tokens per minute, tokens per day, requests at once.
+
+In this process only: with N replicas a caller gets up to N times as much.  No HTTP here; the clock is given.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve.errors import RateLimited
+
+MAX_CALLERS = 10_000
+"""Beyond so many, callers who have their whole allowance again are forgotten."""
+
+BUSY_RETRY_S = 1.0
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """For each caller; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    concurrency: int | None = None
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether nothing is counted at all."""
+        return self == Allowance()
+
+
+class Bucket:
+    """``per_minute`` units that flow back evenly.  May go below zero: who took too much waits longer."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.capacity = per_minute
+        self._level = float(per_minute)
+        self._updated_at = now
+
+    def level(self, now: float) -> float:
+        """Units that are there at ``now``."""
+        self._level = min(self.capacity, self._level + (now - self._updated_at) * self.capacity / 60)
+        self._updated_at = now
+        return self._level
+
+    def take(self, units: int, now: float) -> None:
+        """Take units, there or not."""
+        self._level = self.level(now) - units
+
+    def wait_s(self, units: int, now: float) -> float:
+        """Seconds until so many units are there; 0.0 when they are."""
+        return max(0.0, units - self.level(now)) * 60 / self.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """One of the limits as a caller is told it: ``resets_in_s`` until the whole allowance is there again."""
+
+    kind: str
+    limit: int
+    remaining: int
+    resets_in_s: float
+
+
+@dataclass(slots=True)
+class _Caller:
+    requests: Bucket | None
+    tokens: Bucket | None
+    num_running: int = 0
+    day: int = 0
+    tokens_today: int = field(default=0)
+
+
+class Limiter:
+    """Counts what callers use.  Belongs to the event loop.
+
+    A request's tokens are known only when it has ended, and are taken then: a caller may go into debt with what runs
+    at once, and waits it off.
+
+    Args:
+        allowance: Of each caller.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, allowance: Allowance, clock: Callable[[], float] = time.time) -> None:
+        self.allowance = allowance
+        self._clock = clock
+        self._callers: dict[str, _Caller] = {}
+
+    def admit(self, name: str) -> None:
+        """Let a request of this caller begin; :meth:`release` ends it.
+
+        Raises:
+            RateLimited: an allowance is used up; the error says which, and when to come back.
+        """
+        allowance, now = self.allowance, self._clock()
+        caller = self._caller(name, now)
+        if allowance.concurrency is not None and caller.num_running >= allowance.concurrency:
+            self._refuse(f"{caller.num_running} of your requests are running, as many as allowed", BUSY_RETRY_S)
+        if caller.requests is not None and (wait_s := caller.requests.wait_s(1, now)):
+            self._refuse(f"you may send {allowance.requests_per_minute} requests per minute", wait_s)
+        if caller.tokens is not None and (wait_s := caller.tokens.wait_s(1, now)):
+            self._refuse(f"you may use {allowance.tokens_per_minute} tokens per minute", wait_s)
+        if allowance.tokens_per_day is not None and caller.tokens_today >= allowance.tokens_per_day:
+            self._refuse(f"you may use {allowance.tokens_per_day} tokens per day (UTC)", DAY_S - now % DAY_S)
+        caller.num_running += 1
+        if caller.requests is not None:
+            caller.requests.take(1, now)
+
+    def release(self, name: str, num_tokens: int) -> None:
+        """A request that was admitted has ended, and has used so many tokens of prompt and completion."""
+        now = self._clock()
+        caller = self._caller(name, now)
+        caller.num_running -= 1
+        caller.tokens_today += num_tokens
+        if caller.tokens is not None:
+            caller.tokens.take(num_tokens, now)
+
+    def remaining(self, name: str) -> list[Remaining]:
+        """What this caller has left of requests and tokens per minute, where these are limited."""
+        now = self._clock()
+        caller = self._caller(name, now)
+        return [
+            Remaining(kind, bucket.capacity, max(0, math.floor(bucket.level(now))), bucket.wait_s(bucket.capacity, now))
+            for kind, bucket in (("requests", caller.requests), ("tokens", caller.tokens))
+            if bucket is not None
+        ]
+
+    def _refuse(self, why: str, retry_after: float) -> None:
+        raise RateLimited(f"{why}; try again in {math.ceil(retry_after)} s", retry_after=retry_after)
+
+    def _caller(self, name: str, now: float) -> _Caller:
+        caller = self._callers.get(name)
+        if caller is None:
+            if len(self._callers) >= MAX_CALLERS:
+                self._forget(now)
+            requests, tokens = self.allowance.requests_per_minute, self.allowance.tokens_per_minute
+            caller = _Caller(
+                Bucket(requests, now) if requests is not None else None,
+                Bucket(tokens, now) if tokens is not None else None,
+            )
+            self._callers[name] = caller
+        day = int(now // DAY_S)
+        if caller.day != day:
+            caller.day, caller.tokens_today = day, 0
+        return caller
+
+    def _forget(self, now: float) -> None:
+        self._callers = {name: caller for name, caller in self._callers.items() if not _is_fresh(caller, now)}
+
+
+def _is_fresh(caller: _Caller, now: float) -> bool:
+    """Whether the caller is as one who never came."""
+    buckets = (caller.requests, caller.tokens)
+    is_full = all(bucket is None or bucket.level(now) >= bucket.capacity for bucket in buckets)
+    return is_full and not caller.num_running and (caller.day != int(now // DAY_S) or not caller.tokens_today)

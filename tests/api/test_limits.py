@@ -1,0 +1,88 @@
+"""Allowances over HTTP: 429 with Retry-After and OpenAI's headers, for each key alone."""
+
+from __future__ import annotations
+
+import threading
+
+import httpx2 as httpx
+import openai
+import pytest
+from support import chat, eventually, openai_error, serving
+
+from serve.limits import Limiter
+
+COMPLETIONS = "/v1/chat/completions"
+
+
+def test_limits_answer_429_with_the_seconds_to_wait() -> None:
+    with serving(limit_requests_per_minute=2) as served, httpx.Client(base_url=served.url) as client:
+        answers = [client.post(COMPLETIONS, json=chat("a")) for _ in range(3)]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
+    assert all(answer.headers["x-ratelimit-limit-requests"] == "2" for answer in answers)
+    assert 1 <= int(answers[2].headers["retry-after"]) <= 30
+    assert openai_error(answers[2].json())["code"] == "rate_limit_exceeded"
+    assert "2 requests per minute" in answers[2].json()["error"]["message"]
+    assert "x-ratelimit-limit-tokens" not in answers[0].headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_limits_count_the_tokens_of_prompt_and_completion(stream: bool) -> None:
+    with serving(limit_tokens_per_minute=6) as served, httpx.Client(base_url=served.url) as client:
+        first = client.post(COMPLETIONS, json=chat("abcdefg", stream=stream))  # 7 and 8, the end being a token too
+        limiter: Limiter = served.app.state.limiter
+        eventually(lambda: served.on_loop(lambda: limiter.remaining("anonymous"))[0].remaining == 0)
+        second = client.post(COMPLETIONS, json=chat("a"))
+
+    assert (first.status_code, first.headers["x-ratelimit-remaining-tokens"]) == (200, "6")
+    assert (second.status_code, second.headers["x-ratelimit-remaining-tokens"]) == (429, "0")
+    assert 60 < int(second.headers["retry-after"]) <= 100  # 9 tokens of debt, and one more
+
+
+def test_limits_are_for_each_key_alone() -> None:
+    with (
+        serving(api_keys=("one", "two"), limit_requests_per_minute=1) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        statuses = [
+            client.post(COMPLETIONS, json=chat("a"), headers={"x-api-key": key}).status_code
+            for key in ("one", "one", "two", "wrong", "two")
+        ]
+    assert statuses == [200, 429, 200, 401, 429]
+
+
+def test_limits_leave_reading_and_health_alone() -> None:
+    with serving(limit_requests_per_minute=1) as served, httpx.Client(base_url=served.url) as client:
+        for _ in range(5):
+            assert client.get("/v1/models").status_code == 200
+            assert client.get("/health").status_code == 200
+
+
+def test_limits_bound_what_one_caller_runs_at_once() -> None:
+    from serve.engine.echo import EchoEngine
+
+    with serving(EchoEngine(step_s=0.05), limit_concurrency=1) as served:
+        statuses: list[int] = []
+
+        def ask() -> None:
+            statuses.append(httpx.post(served.url + COMPLETIONS, json=chat("a" * 20), timeout=30).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [200, 429, 429]
+        ask()
+        assert statuses[-1] == 200
+
+
+def test_openai_client_waits_off_a_limit() -> None:
+    """Retry-After is true: one retry is enough."""
+    with serving(limit_requests_per_minute=60, limit_tokens_per_minute=120) as served:
+        client = openai.OpenAI(base_url=served.url + "/v1", api_key="x", max_retries=1)
+        for _ in range(2):
+            messages: list = [{"role": "user", "content": "a" * 60}]
+            answer = client.chat.completions.create(model="echo", messages=messages)
+            assert answer.choices[0].message.content == "a" * 60
