@@ -32,7 +32,7 @@ router = APIRouter(route_class=StrictRoute, tags=["chat"], dependencies=DOCUMENT
     "/v1/chat/completions",
     response_model=ChatCompletion,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         **{status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)},
     },
     summary="Answer a conversation",

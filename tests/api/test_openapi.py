@@ -75,6 +75,11 @@ def test_openapi_documents_the_refusal_of_wrong_requests(documented: Any, method
     check()
 
 
+def test_openapi_describes_a_stream(documented: Any) -> None:
+    operation = documented[COMPLETIONS]["post"]
+    assert conforms(operation.Case(body=chat("streamed", stream=True), media_type="application/json")) == 200
+
+
 def test_openapi_describes_the_answers_that_succeed(documented: Any) -> None:
     """Documented requests to the right model, less what it refuses by name."""
     statuses: list[int] = []
