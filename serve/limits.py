@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serve.errors import RateLimited
 
@@ -32,6 +32,11 @@ class Allowance:
     def is_unlimited(self) -> bool:
         """Whether nothing is counted at all."""
         return self == Allowance()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a request's tokens must be known when it ends."""
+        return self.tokens_per_minute is not None or self.tokens_per_day is not None
 
 
 class Bucket:
@@ -73,7 +78,7 @@ class _Caller:
     tokens: Bucket | None
     num_running: int = 0
     day: int = 0
-    tokens_today: int = field(default=0)
+    tokens_today: int = 0
 
 
 class Limiter:

@@ -17,6 +17,7 @@ from serve.api.limits import Limits
 from serve.api.middleware import BodyLimit, Boundary, Gate
 from serve.api.sse import WritePace
 from serve.engine.base import Engine
+from serve.errors import ConfigError
 from serve.lifecycle import Lifecycle
 from serve.limits import Limiter
 from serve.metrics import Metrics
@@ -80,7 +81,7 @@ def create_app(
         lifecycle: One that is loaded already (:meth:`Lifecycle.restored`), with these settings.
 
     Raises:
-        ConfigError: the environment is wrong.
+        ConfigError: the environment is wrong, or asks for what its engine cannot do.
     """
     settings = settings or load_settings()
     lifecycle = lifecycle or create_lifecycle(settings, engine)
@@ -119,6 +120,11 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     """The routes that a model answers: the one here, or a gateway's remote one."""
     if settings.engine is not EngineName.REMOTE:
         return (chat.router, models.router)
+    if settings.allowance().counts_tokens:
+        raise ConfigError(
+            "SERVE_LIMIT_TOKENS_PER_MINUTE and SERVE_LIMIT_TOKENS_PER_DAY need an engine: a gateway does not see the "
+            "tokens that pass through it; set them on the server at SERVE_REMOTE_URL"
+        )
     from serve.api import remote  # noqa: PLC0415
     from serve.upstream import connect  # noqa: PLC0415
 

@@ -159,7 +159,7 @@ async def fold(choices: Choices, answer: Answer) -> None:
 async def fold_unless_gone(choices: Choices, answer: Answer, receive: Receive) -> bool:
     """:func:`fold`, given up when the client closes the connection: then False, and the request is aborted."""
     folding = asyncio.create_task(fold(choices, answer))
-    leaving = asyncio.create_task(_wait_for_disconnect(receive))
+    leaving = asyncio.create_task(wait_for_disconnect(receive))
     try:
         await asyncio.wait({folding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if folding.done():
@@ -171,6 +171,7 @@ async def fold_unless_gone(choices: Choices, answer: Answer, receive: Receive) -
         choices.close()
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -20,6 +20,7 @@ from starlette.types import Receive
 
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import error_json, show
+from serve.api.generation import wait_for_disconnect
 from serve.api.middleware import CLIENT_CLOSED
 from serve.api.routing import StrictRoute
 from serve.api.schemas.common import ErrorResponse
@@ -176,7 +177,7 @@ async def _unless_gone(
     passage: Passage, step: asyncio.Task[Any], receive: Receive, timeout_s: float | None
 ) -> tuple[bool, Any]:
     """Whether the client still waits, and the step's result (None after ``timeout_s``)."""
-    leaving = asyncio.ensure_future(_wait_for_disconnect(receive))
+    leaving = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
         await asyncio.wait({step, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if leaving.done() and not step.done():
@@ -184,11 +185,6 @@ async def _unless_gone(
         return True, await passage.result(step, 0)
     finally:
         leaving.cancel()
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _frames(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 from support import chat, eventually, openai_error, serving
 
+from serve.api.app import create_app
+from serve.errors import ConfigError
 from serve.limits import Limiter
+from serve.settings import Settings
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -86,3 +90,19 @@ def test_openai_client_waits_off_a_limit() -> None:
             messages: list = [{"role": "user", "content": "a" * 60}]
             answer = client.chat.completions.create(model="echo", messages=messages)
             assert answer.choices[0].message.content == "a" * 60
+
+
+@pytest.mark.parametrize("limit", ["limit_tokens_per_minute", "limit_tokens_per_day"])
+def test_gateway_refuses_limits_of_tokens_that_it_cannot_count(limit: str) -> None:
+    settings: dict[str, Any] = {"engine": "remote", "remote_url": "http://127.0.0.1:9", limit: 5}
+    with pytest.raises(ConfigError, match=f"SERVE_{limit.upper()}"):
+        create_app(Settings(**{**settings, "_env_file": None}))
+
+
+def test_gateway_counts_requests() -> None:
+    with (
+        serving() as model,
+        serving(engine="remote", remote_url=model.url, limit_requests_per_minute=1) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        assert [client.post(COMPLETIONS, json=chat("a")).status_code for _ in range(2)] == [200, 429]
