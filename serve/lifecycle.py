@@ -15,7 +15,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import StrEnum
 from typing import TypeVar
@@ -23,7 +22,8 @@ from typing import TypeVar
 from serve.chat.prompt import ChatFormat
 from serve.cold_start import ColdStart, load_failure, without_garbage_collection
 from serve.engine.base import Engine, ModelFiles, TokenStream, check_vocabulary
-from serve.errors import ConfigError, EngineDead, EngineNotReady, QueueFull, ServeError, ShuttingDown
+from serve.errors import ConfigError, EngineDead, EngineNotReady, ServeError, ShuttingDown
+from serve.reading import PromptReader
 from serve.settings import Settings
 from serve.source import LoadedTokenizer, ModelOrigin
 from serve.types import GenerationRequest
@@ -59,18 +59,16 @@ class Lifecycle:
         self.state = State.LOADING
         self.failure: ServeError | None = None
         self.started_at = time.time()
+        self.drain_began = asyncio.Event()
         self.is_drained = False
         self._is_closed = False
         self._settings = settings
         self._origin = origin
         self._cold_start = ColdStart()
-        self._tokenizer: LoadedTokenizer | None = None
+        self._reader = PromptReader()
         self._files: ModelFiles | None = None
         self._is_loaded = False
         self._is_started = False
-        self._tokenizer_known = asyncio.Event()
-        self._renderers = ThreadPoolExecutor(2, thread_name_prefix="chat")
-        self._num_rendering = 0
         self._thread: threading.Thread | None = None
         self._on_failure: list[Callable[[ServeError], None]] = []
 
@@ -115,7 +113,7 @@ class Lifecycle:
             ServeError: the model cannot be served.
         """
         with without_garbage_collection():
-            self._files = self._find(self._tokenizer_loaded)
+            self._files = self._find(self._reader.loaded)
             self.engine.prepare(self._files, self._cold_start.phase)
 
     def restored(self, settings: Settings) -> None:
@@ -142,7 +140,7 @@ class Lifecycle:
             self.engine.reseed()
             return
         with without_garbage_collection():
-            self._files = self._files or self._find(self._tokenizer_loaded)
+            self._files = self._files or self._find(self._reader.loaded)
             self.engine.load(self._files, self._cold_start.phase)
         self._is_loaded = True
 
@@ -158,7 +156,7 @@ class Lifecycle:
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             with without_garbage_collection():
-                files = self._find(lambda tokenizer: loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer))
+                files = self._find(lambda tokenizer: loop.call_soon_threadsafe(self._reader.loaded, tokenizer))
                 self.engine.load(files, self._cold_start.phase)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
@@ -168,10 +166,6 @@ class Lifecycle:
                 loop.call_soon_threadsafe(self.fail, load_failure(error))
 
     # On the event loop.
-
-    def _tokenizer_loaded(self, tokenizer: LoadedTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokenizer_known.set()
 
     def _loaded(self) -> None:
         if self._is_closed:  # too late: nobody would stop an engine that starts now
@@ -185,7 +179,7 @@ class Lifecycle:
     def fail(self, error: ServeError) -> None:
         """The model cannot be served (any more): end every request, tell whoever runs the server."""
         self.state, self.failure = State.DEAD, error
-        self._tokenizer_known.set()
+        self._reader.wake()
         self.engine.fail_all(error)
         for callback in self._on_failure:
             callback(error)
@@ -193,17 +187,23 @@ class Lifecycle:
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and completion together, as far as known."""
-        known = self._tokenizer.max_model_len if self._tokenizer else None
+        known = self._reader.tokenizer.max_model_len if self._reader.tokenizer else None
         return self.engine.max_model_len or known
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this, as far as known."""
+        known = self._reader.tokenizer.vocab_size if self._reader.tokenizer else None
+        return self.engine.vocab_size or known
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, special ones too; half a character for some.  Empty for an unknown id."""
-        return self._tokenizer.chat.tokenizer.token_bytes(token_id) if self._tokenizer else b""
+        return self._reader.tokenizer.chat.tokenizer.token_bytes(token_id) if self._reader.tokenizer else b""
 
     @property
     def default_sampling(self) -> Mapping[str, float]:
         """What the model's own generation_config.json says of temperature, top_p, top_k and min_p."""
-        return self._tokenizer.default_sampling if self._tokenizer else {}
+        return self._reader.tokenizer.default_sampling if self._reader.tokenizer else {}
 
     @property
     def capacity(self) -> int | None:
@@ -229,19 +229,12 @@ class Lifecycle:
             RequestError: whatever ``work`` refuses.
         """
         self.check_admission()
-        if self._num_rendering >= self._settings.max_queue + self.engine.stats().num_slots:
-            raise QueueFull(f"{self._num_rendering} prompts wait to be tokenised; try again shortly")
-        self._num_rendering += 1
-        try:
-            if self._tokenizer is None:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._tokenizer_known.wait(), self._patience_s(received_at))
-                self.check_admission()
-            if self._tokenizer is None:
+        with self._reader.place(self._settings.max_queue + self.engine.stats().num_slots):
+            await self._reader.wait(self._patience_s(received_at))
+            self.check_admission()
+            if self._reader.tokenizer is None:
                 raise self._not_ready()
-            return await asyncio.get_running_loop().run_in_executor(self._renderers, work, self._tokenizer.chat)
-        finally:
-            self._num_rendering -= 1
+            return await self._reader.run(work, self._reader.tokenizer)
 
     def submit(self, request: GenerationRequest, received_at: float) -> TokenStream:
         """Queue a request; while the model loads it waits until ``SERVE_LOAD_WAIT_S`` after ``received_at``.
@@ -252,8 +245,8 @@ class Lifecycle:
             InvalidRequest: a token id is outside the vocabulary.
         """
         self.check_admission()
-        if vocab_size := self.engine.vocab_size or (self._tokenizer and self._tokenizer.vocab_size):
-            check_vocabulary(request, vocab_size)
+        if self.vocab_size is not None:
+            check_vocabulary(request, self.vocab_size)
         stream = self.engine.submit(request)
         if self.state is State.LOADING:
             loop = asyncio.get_running_loop()
@@ -276,10 +269,11 @@ class Lifecycle:
         """Admit nothing new, let running requests finish for ``timeout_s`` seconds, end the rest with an error."""
         if self.state in {State.LOADING, State.READY}:
             self.state = State.DRAINING
+        self.drain_began.set()
         deadline = time.monotonic() + timeout_s
         error = ShuttingDown("the server is shutting down; try again", retry_after=RETRY_AFTER_DRAINING_S)
         self.engine.fail_waiting(error)
-        self._tokenizer_known.set()  # who waits for it learns of the shutdown
+        self._reader.wake()  # who waits for it learns of the shutdown
         while self.state is not State.DEAD and self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.02)
         self.engine.fail_all(error)
@@ -295,4 +289,4 @@ class Lifecycle:
         """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
         self._is_closed = True
         await self.engine.close()
-        self._renderers.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()

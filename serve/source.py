@@ -5,7 +5,7 @@ Joins ``serve.weights`` (files), ``serve.chat`` (tokenizer and template) and wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -96,12 +96,20 @@ class EchoOrigin:
     tool_chat_template: str | None = None
     control: ControlTokens | None = None
     max_chars_per_token: int | None = None
-    encode = staticmethod(echo.encode)
-    decode = staticmethod(echo.decode)
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._template = _operator_template(settings.chat_template)
+
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Its bytes; no text begins with a special token."""
+        del adds_special
+        return echo.encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """The bytes' text; the only special token has none."""
+        del skips_special
+        return echo.decode(token_ids)
 
     def token_id(self, token: str) -> int | None:
         """No token has a name."""

@@ -161,8 +161,8 @@ class TokenEvent:
 
     When asked for, ``logprobs`` are those of the tokens whose text this event began to release: none while text is
     held back, several once it comes.  All events' together are, in order, those of the tokens of the returned text:
-    no end-of-sequence or stop token, none of a stop string.  The first event also carries ``prompt_logprobs``, one
-    for each prompt token (None for the first, which nothing predicts).
+    no end-of-sequence or stop token (``end_logprob`` is that one's), none of a stop string.  The first event also
+    carries ``prompt_logprobs``, one for each prompt token (None for the first, which nothing predicts).
     """
 
     text: str = ""
@@ -174,6 +174,7 @@ class TokenEvent:
     queue_s: float | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    end_logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from serve.api import chat, health, models, pages
+from serve.api import chat, completions, health, models, pages, realtime, tokenize
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
 from serve.api.middleware import BodyLimit, Boundary, Gate
@@ -114,7 +114,7 @@ def create_app(
 def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     """The routes that a model answers: the one here, or a gateway's remote one."""
     if settings.engine is not EngineName.REMOTE:
-        return (chat.router, models.router)
+        return tuple(module.router for module in (chat, completions, tokenize, realtime, models))
     from serve.api import remote  # noqa: PLC0415
     from serve.upstream import connect  # noqa: PLC0415
 

@@ -58,11 +58,14 @@ def status_of_code(code: object) -> int:
     return next((status for kind, (status, _) in TABLE.items() if code is not None and kind.code == code), 500)
 
 
+def error_body(error: ServeError) -> ErrorBody:
+    """What OpenAI's error object holds."""
+    return ErrorBody(message=error.message, type=TABLE[type(error)][1], param=error.param, code=error.code)
+
+
 def error_json(error: ServeError) -> bytes:
     """OpenAI's error object, encoded."""
-    kind = TABLE[type(error)][1]
-    body = ErrorBody(message=error.message, type=kind, param=error.param, code=error.code)
-    return to_json(ErrorResponse(error=body))
+    return to_json(ErrorResponse(error=error_body(error)))
 
 
 def error_response(error: ServeError) -> Response:

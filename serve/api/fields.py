@@ -26,11 +26,16 @@ def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
     """
     for name, neutral in body.NEUTRAL.items():
         _refuse(name, getattr(body, name), neutral)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    return check_extras(body, strict=strict)
+
+
+def check_extras(body: Wire, *, strict: bool) -> dict[str, str]:
+    """The part of :func:`check_fields` that every route shares: what no schema names."""
     extras: Mapping[str, Any] = body.model_extra or {}
     for name in sorted(REFUSED_EXTRAS.keys() & extras.keys()):
         _refuse(name, extras[name], REFUSED_EXTRAS[name])
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
     if strict:
         for name in _unknown(body, ""):
             raise InvalidRequest(f"{name} is no field of this request; leave it out", param=name)

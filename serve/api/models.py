@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from fastapi import APIRouter, Request
 
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import show
-from serve.api.health import batching, package_version
+from serve.api.health import batching
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
@@ -21,11 +19,6 @@ def check_model(name: str, settings: Settings) -> None:
     """Raise ``ModelNotFound`` unless ``name`` is served here; the message names what is."""
     if name != settings.served_name:
         raise ModelNotFound(f"model {show(name)} is not served here; use {settings.served_name!r}", param="model")
-
-
-def fingerprint(name: str) -> str:
-    """Names what computed an answer: it changes with the model's name and with this server's version."""
-    return "fp_" + hashlib.sha256(f"{package_version()} {name}".encode()).hexdigest()[:10]
 
 
 def _model(request: Request) -> Model:

@@ -17,8 +17,18 @@ from serve.types import TokenEvent
 
 logger = logging.getLogger(__name__)
 
+TEXT = "\x00text"
+"""Stands for a text while the frame around it is made once; no JSON string of ours holds a NUL otherwise."""
+
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]},
+    }
+}
+"""What OpenAPI says of a stream: each event's data is JSON, or ``[DONE]``."""
+
 HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
 

@@ -66,6 +66,19 @@ class ChatFormat:
             raise InvalidRequest("messages give an empty prompt after the chat template; add text", param="messages")
         return self._with_one_bos(token_ids)
 
+    def text_prompt(self, text: str, *, adds_special: bool = True) -> tuple[int, ...]:
+        """Token ids of a plain text, in which control tokens count as such.  Blocking: call it off the event loop.
+
+        Raises:
+            InvalidRequest: there is no token in it.
+            ContextLengthExceeded: the text is so long that no tokenisation of it can fit.
+        """
+        self._refuse_hopeless(len(text), "prompt")
+        token_ids = tuple(self.tokenizer.encode(text, adds_special=adds_special))
+        if not token_ids:
+            raise InvalidRequest("prompt has no token; add text", param="prompt")
+        return self._with_one_bos(token_ids)
+
     def _rendered(
         self,
         template: ChatTemplate,
@@ -89,7 +102,7 @@ class ChatFormat:
             token_ids = token_ids[1:]
         return token_ids
 
-    def _refuse_hopeless(self, num_chars: int) -> None:
+    def _refuse_hopeless(self, num_chars: int, name: str = "messages") -> None:
         """Tokenising 8 MiB takes seconds, and two such prompts would keep everybody else's waiting."""
         context = self._max_model_len
         if context is None or num_chars <= context * USUAL_CHARS_PER_TOKEN:
@@ -98,6 +111,6 @@ class ChatFormat:
         if longest is not None and num_chars > context * longest:
             raise ContextLengthExceeded(
                 f"this model's context is {context} tokens, but the prompt has {num_chars} characters, "
-                f"more than {context * longest}, which cannot fit; shorten the messages",
-                param="messages",
+                f"more than {context * longest}, which cannot fit; shorten the {name}",
+                param=name,
             )

@@ -56,12 +56,15 @@ class Tokenizer(Protocol):
         """A text with more characters for each token than this does not exist; None: unknown."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such unless :attr:`control` separated them; none is added."""
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Token ids; special tokens in the text count as such unless :attr:`control` separated them.
+
+        ``adds_special`` adds those that begin (and end) every text of this model.
+        """
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """Text, special tokens left out unless asked for."""
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -104,17 +107,17 @@ class HubTokenizer:
             self._max_chars_per_token = longest * MAX_SHRINKING
         return self._max_chars_per_token
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such unless ``control`` separated them; none is added."""
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Token ids; special tokens in the text count as such unless ``control`` separated them."""
         # The batch call releases the GIL, so that a long prompt does not stop the event loop.
-        token_ids: list[int] = self._rust.encode_batch([text], add_special_tokens=False)[0].ids
+        token_ids: list[int] = self._rust.encode_batch([text], add_special_tokens=adds_special)[0].ids
         if self.control.separator in text:
             return [token_id for token_id in token_ids if token_id != self._separator_id]
         return token_ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, special tokens left out."""
-        return self._rust.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """Text, special tokens left out unless asked for."""
+        return self._rust.decode(token_ids, skip_special_tokens=skips_special)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token."""

@@ -53,8 +53,10 @@ class LiveRequest:
             GenerationFailed: the token cannot be decoded, or the grammar does not go on.
         """
         sequence = self.sequence
-        text, stop = "", None
-        if sequence.finish_reason is not FinishReason.STOP:  # else its end token is no part of the text
+        text, stop, end_logprob = "", None, None
+        if sequence.finish_reason is FinishReason.STOP:  # its end token is no part of the text
+            end_logprob = logprob
+        else:
             self._accept(token_id)
             text, stop = self._push(token_id, logprob)
         if stop is not None:
@@ -77,6 +79,7 @@ class LiveRequest:
             queue_s=queue_s,
             logprobs=self._released(is_all) if self._held else (),
             prompt_logprobs=prompt_logprobs,
+            end_logprob=end_logprob,
         )
 
     def _push(self, token_id: int, logprob: TokenLogprob | None) -> tuple[str, str | None]:

@@ -155,10 +155,10 @@ class Bytes:
     def __init__(self, chat_template: str) -> None:
         self.chat_template = chat_template
 
-    def encode(self, text):
+    def encode(self, text, *, adds_special=False):
         return list(text.encode())
 
-    def decode(self, token_ids):
+    def decode(self, token_ids, *, skips_special=True):
         return bytes(token_ids).decode()
 
     def token_id(self, token):

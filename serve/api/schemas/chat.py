@@ -79,8 +79,6 @@ class ChatCompletionRequest(SamplingFields):
     )  # fmt: skip
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingFields.NEUTRAL,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
@@ -103,8 +101,8 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Switches of the model's chat template, such as enable_thinking; never a template."
     )
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20, description="Needs logprobs: true.")] = None
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -136,12 +134,33 @@ class AssistantMessage(BaseModel):
     annotations: list[Any] = Field(default_factory=list)
 
 
+class TopLogprob(BaseModel):
+    """One of the most likely tokens.  ``bytes`` are exact; ``token`` shows what is no character as U+FFFD."""
+
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class ChatLogprob(TopLogprob):
+    """A token of the content, and the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Those of a choice, or of a piece of it."""
+
+    content: list[ChatLogprob] | None
+    refusal: None = None
+
+
 class Choice(BaseModel):
     """One completion."""
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
@@ -174,7 +193,7 @@ class ChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
 
 

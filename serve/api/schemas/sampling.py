@@ -29,15 +29,7 @@ class SamplingFields(Wire):
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
     """Fields without effect: they do not change what a single model on its own server answers."""
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0.0,),
-        "presence_penalty": (0.0,),
-        "repetition_penalty": (1.0,),
-        "logit_bias": ({},),
-        "min_tokens": (0,),
-        "ignore_eos": (False,),
-        "stop_token_ids": ([],),
-    }
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields that are not implemented, with the values that ask for nothing and are accepted."""
 
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
