@@ -53,7 +53,9 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/lifecycle.py": TORCH | WEB | {"serve.api"},
     "trimaran": {"deploy"},
     "deploy": {"trimaran", "serve.engine", "serve.chat"} | TORCH,
+    "deploy/modal": {"runpod", "fastapi", "uvicorn"},
     "deploy/runpod": {"modal", "uvicorn"},
+    "trimaran/emulate/modal": {"runpod"} | TORCH,
     "trimaran/emulate/runpod": {"runpod", "modal"},
 }
 # Imported at module level they would cost every start seconds; inside a function they are the point.
