@@ -21,11 +21,13 @@ from typing import TypeVar
 
 from serve.chat.prompt import ChatFormat
 from serve.cold_start import ColdStart, load_failure, without_garbage_collection
+from serve.embedding import Embeddings
 from serve.engine.base import Engine, ModelFiles, TokenStream, check_vocabulary
 from serve.errors import ConfigError, EngineDead, EngineNotReady, ServeError, ShuttingDown
+from serve.model_loader import ModelLoader
 from serve.reading import PromptReader
 from serve.settings import Settings
-from serve.source import LoadedTokenizer, ModelOrigin
+from serve.source import ModelOrigin
 from serve.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -52,10 +54,14 @@ class Lifecycle:
         settings: The container's.
         engine: Not yet loaded.
         origin: Where tokenizer and weights come from.
+        embeddings: A second model, loaded before the engine takes what memory is left.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, origin: ModelOrigin) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, origin: ModelOrigin, embeddings: Embeddings | None = None
+    ) -> None:
         self.engine = engine
+        self.embeddings = embeddings
         self.state = State.LOADING
         self.failure: ServeError | None = None
         self.started_at = time.time()
@@ -63,8 +69,8 @@ class Lifecycle:
         self.is_drained = False
         self._is_closed = False
         self._settings = settings
-        self._origin = origin
         self._cold_start = ColdStart()
+        self._loader = ModelLoader(origin, engine, embeddings, self._cold_start)
         self._reader = PromptReader()
         self._files: ModelFiles | None = None
         self._is_loaded = False
@@ -113,8 +119,8 @@ class Lifecycle:
             ServeError: the model cannot be served.
         """
         with without_garbage_collection():
-            self._files = self._find(self._reader.loaded)
-            self.engine.prepare(self._files, self._cold_start.phase)
+            self._files = self._loader.find(self._reader.loaded)
+            self._loader.prepare(self._files)
 
     def restored(self, settings: Settings) -> None:
         """Bring the rest: device, weights onto it, a random state of its own, warm-up.
@@ -140,24 +146,17 @@ class Lifecycle:
             self.engine.reseed()
             return
         with without_garbage_collection():
-            self._files = self._files or self._find(self._reader.loaded)
-            self.engine.load(self._files, self._cold_start.phase)
+            self._files = self._files or self._loader.find(self._reader.loaded)
+            self._loader.bring(self._files)
         self._is_loaded = True
-
-    def _find(self, announce: Callable[[LoadedTokenizer], object]) -> ModelFiles:
-        with self._cold_start.phase("tokenizer"):
-            tokenizer = self._origin.load_tokenizer()
-        announce(tokenizer)
-        with self._cold_start.phase("fetch"):
-            return self._origin.fetch(tokenizer)
 
     # In the loader's thread.
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             with without_garbage_collection():
-                files = self._find(lambda tokenizer: loop.call_soon_threadsafe(self._reader.loaded, tokenizer))
-                self.engine.load(files, self._cold_start.phase)
+                files = self._loader.find(lambda tokenizer: loop.call_soon_threadsafe(self._reader.loaded, tokenizer))
+                self._loader.bring(files)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
@@ -180,7 +179,7 @@ class Lifecycle:
         """The model cannot be served (any more): end every request, tell whoever runs the server."""
         self.state, self.failure = State.DEAD, error
         self._reader.wake()
-        self.engine.fail_all(error)
+        self._fail_all(error)
         for callback in self._on_failure:
             callback(error)
 
@@ -230,10 +229,10 @@ class Lifecycle:
         """
         self.check_admission()
         with self._reader.place(self._settings.max_queue + self.engine.stats().num_slots):
-            await self._reader.wait(self._patience_s(received_at))
+            await self._reader.wait(self.patience_s(received_at))
             self.check_admission()
             if self._reader.tokenizer is None:
-                raise self._not_ready()
+                raise self.not_ready()
             return await self._reader.run(work, self._reader.tokenizer)
 
     def submit(self, request: GenerationRequest, received_at: float) -> TokenStream:
@@ -250,18 +249,19 @@ class Lifecycle:
         stream = self.engine.submit(request)
         if self.state is State.LOADING:
             loop = asyncio.get_running_loop()
-            loop.call_later(self._patience_s(received_at), self._give_up_waiting, stream)
+            loop.call_later(self.patience_s(received_at), self._give_up_waiting, stream)
         return stream
 
-    def _patience_s(self, received_at: float) -> float:
+    def patience_s(self, received_at: float) -> float:
         """Seconds that a request which came at ``received_at`` still waits for the model."""
         return max(0.0, self._settings.load_wait_s - (time.perf_counter() - received_at))
 
     def _give_up_waiting(self, stream: TokenStream) -> None:
         if self.state is State.LOADING:
-            stream.fail(self._not_ready())
+            stream.fail(self.not_ready())
 
-    def _not_ready(self) -> EngineNotReady:
+    def not_ready(self) -> EngineNotReady:
+        """The error of who has waited long enough for the model."""
         doing = f" ({self.current_phase})" if self.current_phase else ""
         return EngineNotReady(f"the model is still loading{doing}; try again", retry_after=RETRY_AFTER_LOADING_S)
 
@@ -276,17 +276,24 @@ class Lifecycle:
         self._reader.wake()  # who waits for it learns of the shutdown
         while self.state is not State.DEAD and self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.02)
-        self.engine.fail_all(error)
+        self._fail_all(error)
         self.is_drained = True
+
+    def _fail_all(self, error: ServeError) -> None:
+        self.engine.fail_all(error)
+        if self.embeddings is not None:
+            self.embeddings.fail_all(error)
 
     @property
     def is_busy(self) -> bool:
         """Whether any request runs or waits."""
         stats = self.engine.stats()
-        return bool(stats.num_running or stats.num_waiting)
+        return bool(stats.num_running or stats.num_waiting or (self.embeddings and self.embeddings.is_busy))
 
     async def close(self) -> None:
         """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
         self._is_closed = True
         await self.engine.close()
+        if self.embeddings is not None:
+            await self.embeddings.close()
         self._reader.close()

@@ -74,6 +74,8 @@ class Settings(BaseSettings):
     model_revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face model.")
     model_name: str = Field("", description="The model's id in the API. Default: the id, or the folder's name.")
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
+    embedding_model: str = Field("", description="Second model, for /v1/embeddings: a folder or a Hugging Face id.")
+    embedding_revision: str | None = Field(None, description="Commit, tag or branch of the embedding model.")
     fold_messages: bool = Field(
         False,
         description="When the chat template refuses them, fold system messages into the user's and join neighbours "
@@ -171,6 +173,8 @@ class Settings(BaseSettings):
                 f"SERVE_HOST={self.host} is reachable from other machines: "
                 "set SERVE_API_KEYS, or SERVE_ALLOW_ANONYMOUS=true to answer everyone"
             )
+        if self.embedding_name and self.embedding_name == self.served_name:
+            raise ValueError(f"both models are called {self.served_name}: set SERVE_MODEL_NAME")
         return self
 
     @cached_property
@@ -180,9 +184,12 @@ class Settings(BaseSettings):
             return self.model_name
         if self.engine is not EngineName.TRANSFORMERS and not self.model:
             return self.engine.value
-        folder = Path(self.model).expanduser()
-        # Not resolve(): the name of a link is the operator's choice.
-        return Path(os.path.abspath(folder)).name if folder.exists() else self.model  # noqa: PTH100
+        return _name_of(self.model)
+
+    @cached_property
+    def embedding_name(self) -> str:
+        """The embedding model's id in the API; empty: there is none."""
+        return _name_of(self.embedding_model) if self.embedding_model else ""
 
     def environment(self) -> tuple[dict[str, str], dict[str, str]]:
         """What was set, as variables for a container: the public ones, and the secret ones."""
@@ -235,6 +242,12 @@ def _default_cache() -> Path | None:
         return default_cache()
     except RuntimeError:  # containers run as users without a home
         return None
+
+
+def _name_of(model: str) -> str:
+    folder = Path(model).expanduser()
+    # Not resolve(): the name of a link is the operator's choice.
+    return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100
 
 
 def is_loopback(host: str) -> bool:

@@ -10,11 +10,12 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from serve.api import chat, completions, health, models, pages, realtime, tokenize
+from serve.api import chat, completions, embeddings, health, models, pages, realtime, tokenize
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
 from serve.api.middleware import BodyLimit, Boundary, Gate
 from serve.api.sse import WritePace
+from serve.embedding import Embeddings
 from serve.engine.base import Engine
 from serve.lifecycle import Lifecycle
 from serve.metrics import Metrics
@@ -64,7 +65,9 @@ def create_lifecycle(settings: Settings, engine: Engine | None = None) -> Lifecy
     Raises:
         ConfigError: the model's name is malformed, or the chat template cannot be read.
     """
-    return Lifecycle(settings, engine or create_engine(settings), choose_origin(settings))
+    has_embeddings = settings.embedding_model and settings.engine is not EngineName.REMOTE
+    second = Embeddings(settings) if has_embeddings else None
+    return Lifecycle(settings, engine or create_engine(settings), choose_origin(settings), second)
 
 
 def create_app(
@@ -114,7 +117,7 @@ def create_app(
 def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     """The routes that a model answers: the one here, or a gateway's remote one."""
     if settings.engine is not EngineName.REMOTE:
-        return tuple(module.router for module in (chat, completions, tokenize, realtime, models))
+        return tuple(module.router for module in (chat, completions, tokenize, embeddings, realtime, models))
     from serve.api import remote  # noqa: PLC0415
     from serve.upstream import connect  # noqa: PLC0415
 

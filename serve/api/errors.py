@@ -45,6 +45,9 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
 MAX_SHOWN = 60
 """Characters of a wrong value that an error repeats."""
 
+WRONG_LENGTHS = ("too_long", "too_short")
+"""Of lists: the member of a union that says so found nothing else wrong."""
+
 Scope = Mapping[str, Any]
 
 
@@ -128,7 +131,7 @@ def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
     """The most specific of a validation's problems: which field, which value, what it should be."""
     path, problem = max(
         ((_path(problem, body), problem) for problem in problems),
-        key=lambda pair: (len(pair[0]), _is_of_the_right_kind(pair[1])),
+        key=lambda pair: (pair[1]["type"] in WRONG_LENGTHS, len(pair[0]), _is_of_the_right_kind(pair[1])),
     )
     name = _dotted(path)
     if problem["type"] == "missing":

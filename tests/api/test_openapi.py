@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -21,11 +23,13 @@ from support import chat
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": chat("generated", max_tokens=20),
     "/v1/completions": {"model": "echo", "prompt": ["generated", "too"], "max_tokens": 20},
+    "/v1/embeddings": {"model": "all-MiniLM-L6-v2", "input": ["generated", "too"]},
     "/tokenize": {"model": "echo", "prompt": "generated", "messages": None},
     "/detokenize": {"model": "echo", "tokens": [65, 66]},
 }
 """What makes a generated body one that succeeds."""
-FREE = {"temperature", "top_p", "seed", "logprobs", "stream", "user", "metadata", "echo", "return_token_strs", "top_k"}
+FREE = {"temperature", "top_p", "seed", "logprobs", "stream", "user", "metadata", "echo", "return_token_strs", "top_k",
+    "encoding_format",}  # fmt: skip
 """Fields that succeed whatever their documented value."""
 OPERATIONS = [
     *(("post", path) for path in GOOD),
@@ -37,10 +41,11 @@ OPERATIONS = [
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
-@pytest.fixture(scope="session")
-def documented(echo: support.Served) -> Any:
-    """The schema that the server itself serves."""
-    return schemathesis.openapi.from_url(echo.url + "/openapi.json")
+@pytest.fixture(scope="module")
+def documented(demo_embedding: Path) -> Iterator[Any]:
+    """The schema that the server itself serves, one with an embedding model."""
+    with support.serving(embedding_model=str(demo_embedding)) as served:
+        yield schemathesis.openapi.from_url(served.url + "/openapi.json")
 
 
 def conforms(case: Any) -> int:
