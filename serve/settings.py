@@ -122,6 +122,8 @@ class Settings(BaseSettings):
     )
     strict: bool = Field(False, description="Refuse unknown request fields with 400 instead of ignoring them.")
     max_queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot; more get 429.")
+    stored_responses: int = Field(1000, ge=0, le=10**6, description="Responses kept for each key; 0 keeps none.")
+    stored_response_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of them for each key; the oldest go first.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
     keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")

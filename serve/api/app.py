@@ -10,10 +10,22 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from serve.api import chat, completions, embeddings, health, models, pages, realtime, tokenize
+from serve.api import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    pages,
+    realtime,
+    responses,
+    tokenize,
+)
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
 from serve.api.middleware import BodyLimit, Boundary, Gate
+from serve.api.response_store import ResponseStore
 from serve.api.sse import WritePace
 from serve.embedding import Embeddings
 from serve.engine.base import Engine
@@ -107,6 +119,7 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
     app.state.watchdog, app.state.metrics = watchdog, metrics
+    app.state.responses = ResponseStore(settings.stored_responses, settings.stored_response_bytes)
     install_handlers(app)
     for router in (*_model_routers(app, settings), health.router, pages.router):
         app.include_router(router)
@@ -117,7 +130,8 @@ def create_app(
 def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     """The routes that a model answers: the one here, or a gateway's remote one."""
     if settings.engine is not EngineName.REMOTE:
-        return tuple(module.router for module in (chat, completions, tokenize, embeddings, realtime, models))
+        modules = (chat, completions, responses, messages, tokenize, embeddings, realtime, models)
+        return tuple(module.router for module in modules)
     from serve.api import remote  # noqa: PLC0415
     from serve.upstream import connect  # noqa: PLC0415
 

@@ -59,9 +59,11 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
 
 
 async def start_chat(
-    body: ChatCompletionRequest, lifecycle: Lifecycle, record: RequestRecord
+    body: ChatCompletionRequest, lifecycle: Lifecycle, record: RequestRecord, *, is_clamped: bool = False
 ) -> tuple[Choices, list[ChatReader]]:
     """Render the conversation, queue its choices, and make a reader for each.
+
+    ``is_clamped``: an answer may be as long as asked for or as fits, whichever is less.
 
     Raises:
         RequestError: the template refuses the messages, or something does not fit.
@@ -70,13 +72,25 @@ async def start_chat(
     """
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
-    prompt = await lifecycle.read(lambda chat: chat.prompt(messages, variables=variables), record.received_at)
+    prompt = await render(body, lifecycle, record)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if is_clamped and wanted is not None:
+        wanted = min(wanted, max(1, (lifecycle.max_model_len or 0) - len(prompt)))
     check_room(len(prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)
     params = sampling_params(body, wanted, lifecycle)
     if body.logprobs:
         params = replace(params, logprobs=body.top_logprobs or 0)
     choices = submit(lifecycle, [prompt], params, body.n or 1, record)
     return choices, [ChatReader(lifecycle.token_bytes if body.logprobs else None) for _ in range(len(choices))]
+
+
+async def render(body: ChatCompletionRequest, lifecycle: Lifecycle, record: RequestRecord) -> tuple[int, ...]:
+    """The conversation as token ids.
+
+    Raises:
+        RequestError: the template refuses the messages.
+        CapacityError: too much is being rendered, the tokenizer is not there yet, or the server is draining.
+    """
+    messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
+    return await lifecycle.read(lambda chat: chat.prompt(messages, variables=variables), record.received_at)

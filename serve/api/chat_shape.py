@@ -21,7 +21,7 @@ from serve.api.schemas.chat import (
     ChunkChoice,
     Delta,
 )
-from serve.api.sse import DONE, TEXT, frame
+from serve.api.sse import DONE, TEXT, Shape, frame
 from serve.types import TokenEvent
 
 WireFinish = Literal["stop", "length", "tool_calls"]
@@ -91,7 +91,7 @@ class ChatAnswer:
         )
 
 
-class ChatShape:
+class ChatShape(Shape):
     """Events to chunks.  The frame around a text is made once for each choice, since there is one for each token.
 
     Args:

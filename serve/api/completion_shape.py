@@ -12,7 +12,7 @@ from serve.api.heading import Heading
 from serve.api.logprobs import TextLogprobs
 from serve.api.sampling import UsageSum
 from serve.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs
-from serve.api.sse import DONE, TEXT, frame
+from serve.api.sse import DONE, TEXT, Shape, frame
 from serve.types import TokenEvent, TokenLogprob, Usage
 
 WireFinish = Literal["stop", "length"]
@@ -120,7 +120,7 @@ def _joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs | None:
     )
 
 
-class CompletionShape:
+class CompletionShape(Shape):
     """Events to chunks.  The frame around a text is made once for each choice, since there is one for each token."""
 
     def __init__(self, heading: Heading, readers: Sequence[CompletionReader], n: int, *, include_usage: bool) -> None:

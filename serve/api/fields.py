@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
-from serve.api.schemas.wire import Wire
+from serve.api.schemas.wire import RequestBody, Wire
 from serve.errors import InvalidRequest, UnsupportedParameter
 
 MAX_NAMED = 20
 """Ignored fields that the header names."""
 
 
-def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
+def check_fields(body: RequestBody, *, strict: bool) -> dict[str, str]:
     """Refuse by name what would have to change the answer and does not; return a header that names what is ignored.
 
     Args:
@@ -26,7 +26,7 @@ def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
     """
     for name, neutral in body.NEUTRAL.items():
         _refuse(name, getattr(body, name), neutral)
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, SamplingFields) and body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", param="stream_options")
     return check_extras(body, strict=strict)
 

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
-from serve.api.errors import error_response, plain_error
+from serve.api.errors import error_response, plain_error, speaks_anthropic
 from serve.errors import AuthenticationError, PermissionDenied, RequestTimeout, RequestTooLarge
 from serve.observe import RequestRecord
 
@@ -63,12 +63,16 @@ class Boundary:
         request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else new_request_id()
         record = RequestRecord(request_id=request_id, method=scope["method"], route=scope["path"])
         is_head = scope["method"] == "HEAD"
-        scope = {**scope, "method": "GET" if is_head else scope["method"], "trimaran.record": record}
+        method = "GET" if is_head else scope["method"]
+        scope = {**scope, "method": method, "trimaran.record": record, "trimaran.end": self._end}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if speaks_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
@@ -81,7 +85,7 @@ class Boundary:
             logger.exception("Unexpected error in request %s", request_id)
             if record.status is not None:  # too late for another status
                 raise
-            response = plain_error(500, f"internal error; tell the operator the request id {request_id}")
+            response = plain_error(500, f"internal error; tell the operator the request id {request_id}", scope=scope)
             await response(scope, receive, send_with_id)
         finally:
             if record.status is None:
@@ -154,7 +158,7 @@ class Gate:
             if is_socket and self._keys.is_empty:
                 _refuse_foreign_page(headers)
         except (AuthenticationError, PermissionDenied) as error:
-            response = error_response(error)
+            response = error_response(error, scope)
             if isinstance(error, AuthenticationError):
                 response.headers["www-authenticate"] = challenge(scope["path"])
             if is_socket:
@@ -211,7 +215,7 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
     async def _refuse(self, num_read: int, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(self._error())
+        response = error_response(self._error(), scope)
         if declared <= MAX_DISCARDED_BYTES:
             await _discard({"more_body": True}, num_read, receive)
         else:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import support
-from support import chat, openai_error, running, serving
+from support import chat, message_error, openai_error, running, serving
 
 from serve.api.auth import KeyRing
 
@@ -58,6 +58,7 @@ def test_auth_closes_every_route_but_the_open_ones(locked: support.Served, clien
     """Case 50."""
     known = dict(routes(locked.app))
     assert set(known) >= {"/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/version", *OPEN}
+    assert set(known) >= {"/v1/messages", "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/input_tokens"}
     assert known["/v1/realtime/chat"] == {"WEBSOCKET"}
 
     for path, methods in known.items():
@@ -71,7 +72,9 @@ def test_auth_closes_every_route_but_the_open_ones(locked: support.Served, clien
             else:
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"]
-                if method != "HEAD":
+                if method != "HEAD" and path.startswith("/v1/messages"):
+                    assert message_error(response)["type"] == "authentication_error"
+                elif method != "HEAD":
                     openai_error(response.json())
 
 

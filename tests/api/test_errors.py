@@ -97,8 +97,8 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "no content": (raw_chat(messages='[{"role":"user"}]'), "messages[0].content"),
     "content a number": (user("5"), "messages[0].content"),
     "content null": (user("null"), "messages[0].content"),
-    "part without type": (user('[{"text":"a"}]'), "messages[0].content[0]"),  # case 19
-    "part of unknown type": (user('[{"type":"wat"}]'), "messages[0].content[0]"),
+    "part without type": (user('[{"text":"a"}]'), "messages[0].content[0].type"),  # case 19
+    "part of unknown type": (user('[{"type":"wat"}]'), "messages[0].content[0].type"),
     "part without text": (user('[{"type":"text"}]'), "messages[0].content[0].text"),
     "image part": (user('[{"type":"text","text":"a"},{"type":"image_url"}]'), "messages[0].content[1]"),  # case 20
     "empty prompt": (user('""'), "messages"),

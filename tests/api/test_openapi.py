@@ -26,13 +26,20 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"model": "all-MiniLM-L6-v2", "input": ["generated", "too"]},
     "/tokenize": {"model": "echo", "prompt": "generated", "messages": None},
     "/detokenize": {"model": "echo", "tokens": [65, 66]},
+    "/v1/responses": {"model": "echo", "input": "generated", "max_output_tokens": 20},
+    "/v1/responses/input_tokens": {"model": "echo", "input": "generated"},
+    "/v1/messages": {"model": "echo", "messages": chat("generated")["messages"], "max_tokens": 20},
+    "/v1/messages/count_tokens": {"model": "echo", "messages": chat("generated")["messages"]},
 }
 """What makes a generated body one that succeeds."""
 FREE = {"temperature", "top_p", "seed", "logprobs", "stream", "user", "metadata", "echo", "return_token_strs", "top_k",
     "encoding_format",}  # fmt: skip
 """Fields that succeed whatever their documented value."""
+RESPONSE = "/v1/responses/{response_id}"
+STORED = [("get", RESPONSE), ("delete", RESPONSE), ("post", RESPONSE + "/cancel"), ("get", RESPONSE + "/input_items")]
 OPERATIONS = [
     *(("post", path) for path in GOOD),
+    *STORED,
     *(
         ("get", path)
         for path in ("/v1/models", "/v1/models/{model}", "/health", "/ready", "/ping", "/version", "/metrics")
@@ -68,7 +75,7 @@ def generated(max_examples: int) -> settings:
 # Not schemathesis' own pytest integration, which reads a private attribute that this pytest no longer has.
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_openapi_is_what_the_server_does(documented: Any, method: str, path: str) -> None:
-    @generated(max_examples=20 if method == "post" else 8)
+    @generated(max_examples=20 if path in GOOD else 8)
     @given(case=documented[path][method].as_strategy())
     def check(case: Any) -> None:
         conforms(case)
@@ -76,7 +83,9 @@ def test_openapi_is_what_the_server_does(documented: Any, method: str, path: str
     check()
 
 
-@pytest.mark.parametrize(("method", "path"), [*(("post", path) for path in GOOD), ("get", "/v1/models/{model}")])
+@pytest.mark.parametrize(
+    ("method", "path"), [*(("post", path) for path in GOOD), *STORED, ("get", "/v1/models/{model}")]
+)
 def test_openapi_documents_the_refusal_of_wrong_requests(documented: Any, method: str, path: str) -> None:
     @generated(max_examples=20)
     @given(case=documented[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE))
