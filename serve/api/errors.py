@@ -54,11 +54,10 @@ MESSAGE_ERRORS: dict[int, ErrorKind] = {
     408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    500: "api_error",
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's types by status; any other is a caller's mistake."""
+"""Anthropic's types by status; any other below 500 is a caller's mistake, and from there on ours."""
 
 MAX_SHOWN = 60
 """Characters of a wrong value that an error repeats."""
@@ -91,7 +90,7 @@ def error_json(error: ServeError) -> bytes:
 
 def message_error_json(status: int, message: str, request_id: str | None) -> bytes:
     """Anthropic's error object, encoded."""
-    body = MessageErrorBody(type=MESSAGE_ERRORS.get(status, INVALID), message=message)
+    body = MessageErrorBody(type=MESSAGE_ERRORS.get(status, INVALID if status < 500 else "api_error"), message=message)
     return to_json(MessageErrorResponse(error=body, request_id=request_id))
 
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from serve.api.errors import explain
 from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
 from serve.api.schemas.wire import RequestBody, Wire
 from serve.errors import InvalidRequest, UnsupportedParameter
 
+W = TypeVar("W", bound=Wire)
+
 MAX_NAMED = 20
 """Ignored fields that the header names."""
+
+
+def validated(kind: type[W], value: Any) -> W:
+    """``value`` as a body that did not come through a route.
+
+    Raises:
+        InvalidRequest: it is none; names the field.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise explain(problems, value) from None
 
 
 def check_fields(body: RequestBody, *, strict: bool) -> dict[str, str]:

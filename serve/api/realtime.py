@@ -11,15 +11,14 @@ import logging
 from typing import Any, cast
 
 from fastapi import APIRouter, WebSocket
-from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.websockets import WebSocketState
 
 from serve.api.auth import REALTIME_PROTOCOL, offered_protocols
 from serve.api.chat import start_chat
 from serve.api.chat_shape import ChatShape
-from serve.api.errors import error_body, explain, show, status_of
-from serve.api.fields import check_fields
+from serve.api.errors import error_body, show, status_of
+from serve.api.fields import check_fields, validated
 from serve.api.heading import Heading
 from serve.api.middleware import CLIENT_CLOSED, new_request_id
 from serve.api.models import check_model
@@ -181,11 +180,7 @@ class _Connection:
 
 
 def _validated(message: Any) -> ChatCompletionRequest:
-    try:
-        body = ChatCompletionRequest.model_validate(message)
-    except ValidationError as error:
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise explain(problems, message) from None
+    body = validated(ChatCompletionRequest, message)
     if body.stream is False:
         raise InvalidRequest("stream is false, but this connection only streams; leave it out", param="stream")
     return body

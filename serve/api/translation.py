@@ -10,12 +10,9 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import ValidationError
-
 from serve.api.blocks import BlockReader
 from serve.api.chat import start_chat
-from serve.api.errors import explain
-from serve.api.fields import check_fields
+from serve.api.fields import check_fields, validated
 from serve.api.generation import Choices
 from serve.api.schemas.chat import ChatCompletionRequest
 from serve.errors import ServeError
@@ -59,11 +56,7 @@ def to_chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:
         UnsupportedParameter: a field that is not implemented asks for something.
     """
     given = {name: value for name, value in fields.items() if value is not None}
-    try:
-        body = ChatCompletionRequest.model_validate(given)
-    except ValidationError as error:
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise explain(problems, given) from None
+    body = validated(ChatCompletionRequest, given)
     check_fields(body, strict=False)
     return body
 
