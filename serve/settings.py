@@ -50,6 +50,28 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class ToolParser(StrEnum):
+    """Which family's tool calls the model writes; ``auto`` reads it off the chat template."""
+
+    AUTO = "auto"
+    NONE = "none"
+    HERMES = "hermes"
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    DEEPSEEK = "deepseek"
+    KIMI = "kimi"
+    KIMI_K3 = "kimi_k3"
+    GEMMA = "gemma"
+    HARMONY = "harmony"
+
+
+class ToolPrompt(StrEnum):
+    """How tools reach a model whose chat template knows none."""
+
+    NONE = "none"
+    GENERIC = "generic"
+
+
 class LogFormat(StrEnum):
     """How log lines look; ``auto`` is text on a terminal and JSON elsewhere."""
 
@@ -83,6 +105,15 @@ class Settings(BaseSettings):
     )
     allow_control_tokens: bool = Field(
         False, description="Obey control tokens such as <|im_end|> that callers write in messages; else they are text."
+    )
+    tool_parser: ToolParser = Field(
+        ToolParser.AUTO,
+        description="Family of the model's tool calls: hermes (Qwen and GLM too), llama, mistral, deepseek, kimi, "
+        "kimi_k3, gemma, harmony, or none. auto: read off the chat template.",
+    )
+    tool_prompt: ToolPrompt = Field(
+        ToolPrompt.NONE,
+        description="generic: explain tools in a system message to a model whose chat template knows none. none: 400.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     engine: EngineName = Field(

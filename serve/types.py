@@ -42,6 +42,9 @@ class Grammar(Protocol):
 
         The end-of-sequence token is among them where the sequence may end.  Words beyond the vocabulary are ignored,
         missing ones allow nothing.  Not asked for once :attr:`is_finished`.
+
+        Raises:
+            RequestError: the caller asked for what turns out to be too complex.
         """
         ...
 
@@ -50,6 +53,7 @@ class Grammar(Protocol):
 
         Raises:
             ValueError: :meth:`allowed` did not allow it.
+            RequestError: as :meth:`allowed`.
         """
         ...
 

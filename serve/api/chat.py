@@ -9,8 +9,9 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.chat_shape import ChatAnswer, ChatReader, ChatShape
-from serve.api.conversation import template_variables, to_messages
+from serve.api.chat_plan import chat_plan
+from serve.api.chat_reader import ChatReader
+from serve.api.chat_shape import ChatAnswer, ChatShape
 from serve.api.fields import check_fields
 from serve.api.generation import Choices, fold_unless_gone, submit
 from serve.api.heading import Heading
@@ -66,31 +67,21 @@ async def start_chat(
     ``is_clamped``: an answer may be as long as asked for or as fits, whichever is less.
 
     Raises:
-        RequestError: the template refuses the messages, or something does not fit.
+        RequestError: the template refuses the messages, a schema cannot be enforced, or something does not fit.
         CapacityError: the queue is full, the model is not there yet, or the server is draining.
         EngineError: the model cannot be served.
     """
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    prompt = await render(body, lifecycle, record)
+    plan = await chat_plan(body, lifecycle, record.received_at)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if is_clamped and wanted is not None:
-        wanted = min(wanted, max(1, (lifecycle.max_model_len or 0) - len(prompt)))
-    check_room(len(prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)
-    params = sampling_params(body, wanted, lifecycle)
+        wanted = min(wanted, max(1, (lifecycle.max_model_len or 0) - len(plan.prompt)))
+    check_room(len(plan.prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)
+    params = replace(sampling_params(body, wanted, lifecycle), grammar=plan.grammar)
     if body.logprobs:
         params = replace(params, logprobs=body.top_logprobs or 0)
-    choices = submit(lifecycle, [prompt], params, body.n or 1, record)
-    return choices, [ChatReader(lifecycle.token_bytes if body.logprobs else None) for _ in range(len(choices))]
-
-
-async def render(body: ChatCompletionRequest, lifecycle: Lifecycle, record: RequestRecord) -> tuple[int, ...]:
-    """The conversation as token ids.
-
-    Raises:
-        RequestError: the template refuses the messages.
-        CapacityError: too much is being rendered, the tokenizer is not there yet, or the server is draining.
-    """
-    messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
-    return await lifecycle.read(lambda chat: chat.prompt(messages, variables=variables), record.received_at)
+    choices = submit(lifecycle, [plan.prompt], params, body.n or 1, record)
+    token_bytes = lifecycle.token_bytes if body.logprobs else None
+    return choices, [ChatReader(plan.parser(), token_bytes, is_single=plan.is_single) for _ in range(len(choices))]

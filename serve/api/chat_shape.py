@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic_core import to_json
 
+from serve.api.chat_reader import ChatReader, Message, WireFinish
 from serve.api.heading import Heading
-from serve.api.logprobs import TokenBytes, chat_logprobs
 from serve.api.sampling import UsageSum
 from serve.api.schemas.chat import (
     AssistantMessage,
@@ -20,42 +19,14 @@ from serve.api.schemas.chat import (
     ChoiceLogprobs,
     ChunkChoice,
     Delta,
+    FunctionCallOut,
+    FunctionDelta,
+    ToolCallDelta,
+    ToolCallOut,
 )
 from serve.api.sse import DONE, TEXT, Shape, frame
+from serve.chat.output.parts import Part
 from serve.types import TokenEvent
-
-WireFinish = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one event adds to its choice, as the wire tells it."""
-
-    content: str = ""
-    logprobs: tuple[ChatLogprob, ...] = ()
-    finish_reason: WireFinish | None = None
-
-
-class ChatReader:
-    """Reads one choice's events, for the stream and for the whole answer alike.
-
-    Args:
-        token_bytes: For log-probabilities, where they were asked for.
-    """
-
-    def __init__(self, token_bytes: TokenBytes | None) -> None:
-        self._token_bytes = token_bytes
-
-    @property
-    def has_logprobs(self) -> bool:
-        """Whether log-probabilities were asked for."""
-        return self._token_bytes is not None
-
-    def read(self, event: TokenEvent) -> Piece:
-        """The next piece of the choice."""
-        logprobs = tuple(chat_logprobs(event.logprobs, self._token_bytes)) if self._token_bytes else ()
-        finish_reason: Any = event.finish_reason.value if event.finish_reason else None
-        return Piece(event.text, logprobs, finish_reason)
 
 
 class ChatAnswer:
@@ -64,31 +35,50 @@ class ChatAnswer:
     def __init__(self, heading: Heading, readers: Sequence[ChatReader]) -> None:
         self._heading = heading
         self._readers = readers
-        self._pieces: list[list[Piece]] = [[] for _ in readers]
+        self._messages = [Message() for _ in readers]
         self._usage = UsageSum(len(readers))
 
     def add(self, index: int, event: TokenEvent) -> None:
         """Take the next event of a choice."""
-        self._pieces[index].append(self._readers[index].read(event))
+        self._messages[index].add(self._readers[index].read(event))
         if event.usage is not None:
-            self._usage.add(index, event.usage)
+            self._usage.add(index, event.usage, self._readers[index].reasoning_tokens)
 
     def body(self) -> ChatCompletion:
         """The whole answer."""
-        choices = [self._choice(index, pieces) for index, pieces in enumerate(self._pieces)]
+        choices = [self._choice(index, message) for index, message in enumerate(self._messages)]
         return ChatCompletion(**self._heading.fields(), choices=choices, usage=self._usage.total())
 
-    def _choice(self, index: int, pieces: Sequence[Piece]) -> Choice:
-        logprobs = [entry for piece in pieces for entry in piece.logprobs]
-        finish_reason = pieces[-1].finish_reason
-        if finish_reason is None:
+    def _choice(self, index: int, message: Message) -> Choice:
+        if message.finish_reason is None:
             raise RuntimeError(f"choice {index} ended without a finish reason")
+        has_logprobs = self._readers[index].has_logprobs
         return Choice(
             index=index,
-            message=AssistantMessage(content="".join(piece.content for piece in pieces)),
-            logprobs=ChoiceLogprobs(content=logprobs) if self._readers[index].has_logprobs else None,
-            finish_reason=finish_reason,
+            message=_assistant(message),
+            logprobs=ChoiceLogprobs(content=message.logprobs) if has_logprobs else None,
+            finish_reason=message.finish_reason,
         )
+
+
+def _assistant(message: Message) -> AssistantMessage:
+    calls = [
+        ToolCallOut(id=call_id, function=FunctionCallOut(name=name, arguments="".join(arguments)))
+        for call_id, name, arguments in message.calls
+    ]
+    reasoning = message.reasoning
+    return AssistantMessage(
+        content=message.content, tool_calls=calls or None, reasoning_content=reasoning, reasoning=reasoning
+    )
+
+
+def _delta(part: Part) -> Delta:
+    if part.call is not None:
+        call = part.call
+        head: Any = {"id": call.id, "type": "function"} if call.name is not None else {}
+        function = FunctionDelta(name=call.name, arguments=call.arguments)
+        return Delta(tool_calls=[ToolCallDelta(index=call.index, function=function, **head)])
+    return Delta(reasoning_content=part.reasoning, reasoning=part.reasoning)
 
 
 class ChatShape(Shape):
@@ -128,13 +118,17 @@ class ChatShape(Shape):
             yield self._chunk(index, Delta(role="assistant", content=""))
         piece = self._readers[index].read(event)
         if piece.logprobs:
-            yield self._chunk(index, Delta(content=piece.content), logprobs=piece.logprobs)
-        elif piece.content:
-            yield around[0] + to_json(piece.content) + around[1]
+            content = "".join(part.content for part in piece.parts)
+            yield self._chunk(index, Delta(content=content), logprobs=piece.logprobs)
+        for part in piece.parts:
+            if not part.content:
+                yield self._chunk(index, _delta(part))
+            elif not piece.logprobs:
+                yield around[0] + to_json(part.content) + around[1]
         if piece.finish_reason is not None:
             yield self._chunk(index, Delta(), piece.finish_reason)
             if event.usage is not None:
-                self._usage.add(index, event.usage)
+                self._usage.add(index, event.usage, self._readers[index].reasoning_tokens)
             self._num_running -= 1
             if not self._num_running:
                 yield from self._end()

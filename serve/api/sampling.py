@@ -77,10 +77,12 @@ class UsageSum:
     def __init__(self, n: int) -> None:
         self._n = n
         self._usages: dict[int, TokenUsage] = {}
+        self._reasoning_tokens = 0
 
-    def add(self, index: int, usage: TokenUsage) -> None:
-        """Take the usage of choice ``index``."""
+    def add(self, index: int, usage: TokenUsage, reasoning_tokens: int = 0) -> None:
+        """Take the usage of choice ``index``, and how many of its tokens were reasoning."""
         self._usages[index] = usage
+        self._reasoning_tokens += reasoning_tokens
 
     def total(self) -> Usage:
         """A prompt counts once, as cached only where every one of its choices found it so."""
@@ -96,5 +98,5 @@ class UsageSum:
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=self._reasoning_tokens),
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from serve.chat.constraint import Vocabulary
 from serve.chat.control import ControlTokens
 from serve.chat.token_bytes import TokenBytes
 from serve.errors import ModelLoadError
@@ -75,6 +76,14 @@ class Tokenizer(Protocol):
         """What one token stands for, special ones too; empty for an unknown id."""
         ...
 
+    def vocabulary(self) -> Vocabulary:
+        """All tokens, for grammars.  Takes a while."""
+        ...
+
+    def decoder(self, kept: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """:meth:`decode`, which leaves some special tokens in."""
+        ...
+
 
 class HubTokenizer:
     """A tokenizer from a model's folder.
@@ -128,6 +137,29 @@ class HubTokenizer:
         if self._token_bytes is None:
             self._token_bytes = TokenBytes(self._rust)
         return self._token_bytes[token_id]
+
+    def vocabulary(self) -> Vocabulary:
+        """All tokens, for grammars.  Takes a while."""
+        ids = set(self._rust.get_vocab(with_added_tokens=True).values()) - {self._separator_id}
+        tokens = [self.token_bytes(token_id) if token_id in ids else b"" for token_id in range(max(ids) + 1)]
+        return Vocabulary(tokens, self._special_ids(), lambda text: self.encode(self.control.in_value(text)))
+
+    def decoder(self, kept: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """:meth:`decode`, which leaves some special tokens in."""
+        kept_ids = {self.token_id(token) for token in kept} & self._special_ids()
+        if not kept_ids:
+            return self.decode
+        dropped = self._special_ids() - kept_ids
+
+        def decode(token_ids: Sequence[int]) -> str:
+            shown = [token_id for token_id in token_ids if token_id not in dropped]
+            return self._rust.decode(shown, skip_special_tokens=False)
+
+        return decode
+
+    def _special_ids(self) -> frozenset[int]:
+        added = self._rust.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
 
 def _load_rust(folder: Path, config: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from serve.engine.base import Decode
 from serve.engine.detokenizer import Detokenizer
 from serve.engine.scheduler import Sequence
-from serve.errors import GenerationFailed, ServeError
+from serve.errors import GenerationFailed, RequestError, ServeError
 from serve.types import FinishReason, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class LiveRequest:
 
         Raises:
             GenerationFailed: the token cannot be decoded, or the grammar does not go on.
+            RequestError: the caller's grammar is too complex.
         """
         sequence = self.sequence
         text, stop, end_logprob = "", None, None
@@ -100,6 +101,8 @@ class LiveRequest:
             grammar.accept(token_id)
             if grammar.is_finished:
                 self.sequence.finish_reason = FinishReason.STOP
+        except RequestError:  # the caller asked for what cannot be done
+            raise
         except Exception as error:
             logger.error("The grammar of request %s failed: %s", self.request_id, type(error).__name__)
             raise GenerationFailed(GRAMMAR_FAILED) from error

@@ -164,6 +164,12 @@ class Bytes:
     def token_id(self, token):
         return None
 
+    def vocabulary(self):
+        raise NotImplementedError
+
+    def decoder(self, kept):
+        return self.decode
+
     def token_bytes(self, token_id):
         return bytes((token_id,))
 
