@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from serve.api.chat_shape import ChatReader, Piece
+from serve.api.chat_reader import ChatReader, Piece
 from serve.api.schemas.chat import ChatLogprob
+from serve.chat.output.parts import CallDelta
 from serve.types import FinishReason, TokenEvent, Usage
 
 
@@ -67,7 +68,11 @@ class BlockReader:
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.usage: Usage | None = None
-        self.reasoning_tokens = 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Generated tokens that were thoughts."""
+        return self._reader.reasoning_tokens
 
     def read(self, event: TokenEvent) -> Iterator[Growth]:
         """What one event changes, in order.  The answer's last event closes its last block."""
@@ -79,8 +84,23 @@ class BlockReader:
             yield from self._close()
 
     def _take(self, piece: Piece) -> Iterator[Growth]:
-        if piece.content or piece.logprobs:
-            yield from self._grow(Kind.TEXT, piece.content, piece.logprobs)
+        logprobs = tuple(piece.logprobs)
+        for part in piece.parts:
+            if part.call is not None:
+                yield from self._grow_call(part.call)
+            elif part.reasoning:
+                yield from self._grow(Kind.REASONING, part.reasoning)
+            elif part.content:
+                yield from self._grow(Kind.TEXT, part.content, logprobs)
+                logprobs = ()
+        if logprobs:  # of tokens whose text came before or is still to come
+            yield from self._grow(Kind.TEXT, "", logprobs)
+
+    def _grow_call(self, delta: CallDelta) -> Iterator[Growth]:
+        if delta.name is not None:
+            yield from self._open(Kind.CALL, delta.id or "", delta.name)
+        if delta.arguments:
+            yield from self._grow(Kind.CALL, delta.arguments)
 
     def _grow(self, kind: Kind, text: str, logprobs: tuple[ChatLogprob, ...] = ()) -> Iterator[Growth]:
         if not self.blocks or self.blocks[-1].kind is not kind or self.blocks[-1].is_closed:

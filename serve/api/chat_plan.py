@@ -37,6 +37,25 @@ class ChatPlan:
     """At most one call is wanted."""
 
 
+async def chat_prompt(body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float) -> tuple[int, ...]:
+    """The prompt of a request alone, for those who count it.
+
+    Raises:
+        RequestError: a field is wrong, or the template refuses the messages.
+        CapacityError: too many prompts wait, or the tokenizer is not there yet.
+    """
+    tools = tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls)
+    wanted = constraint(body)
+    return await _render(_Work(tools, wanted[1] if wanted else None), body, lifecycle, received_at)
+
+
+async def _render(
+    work: _Work, body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float
+) -> tuple[int, ...]:
+    messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
+    return await lifecycle.read(lambda chat: work.prompt(chat, messages, variables, body.reasoning_effort), received_at)
+
+
 async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float) -> ChatPlan:
     """Read a request, render its prompt and compile its constraint, all that takes long off the event loop.
 
@@ -46,11 +65,8 @@ async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_
     """
     tools = tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls)
     wanted = constraint(body)
-    messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
     work = _Work(tools, wanted[1] if wanted else None)
-    prompt = await lifecycle.read(
-        lambda chat: work.prompt(chat, messages, variables, body.reasoning_effort), received_at
-    )
+    prompt = await _render(work, body, lifecycle, received_at)
     grammar = None
     if work.is_constrained:
         param = wanted[0] if wanted else "tools"

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.chat import render
+from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
 from serve.api.messages_input import NAMES, chat_fields
@@ -68,7 +68,7 @@ async def count_message_tokens(body: CountTokensRequest, request: Request) -> Re
     headers = _begin(body, request.app.state.settings, record)
     fields = chat_fields(body)
     with NAMES.applied():
-        prompt = await render(to_chat(fields), request.app.state.lifecycle, record)
+        prompt = await chat_prompt(to_chat(fields), request.app.state.lifecycle, record.received_at)
     return Response(to_json(TokenCount(input_tokens=len(prompt))), headers=headers, media_type="application/json")
 
 

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.chat import render
+from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
 from serve.api.middleware import CLIENT_CLOSED
@@ -114,7 +114,7 @@ async def count_input_tokens(body: ResponsesRequest, request: Request, response:
     previous = _previous(body, request)
     fields = chat_fields(body, previous.history if previous else ())
     with NAMES.applied():
-        prompt = await render(to_chat(fields), request.app.state.lifecycle, record)
+        prompt = await chat_prompt(to_chat(fields), request.app.state.lifecycle, record.received_at)
     return InputTokens(input_tokens=len(prompt))
 
 
