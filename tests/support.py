@@ -271,3 +271,8 @@ def message_error(response: Any) -> dict[str, Any]:
     assert set(body["error"]) == {"type", "message"}, body
     assert body["error"]["message"]
     return body["error"]
+
+
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    """A response format."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}

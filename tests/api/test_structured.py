@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from support import Served, openai_error, serving, sse_chunks
+from support import Served, json_schema, serving, sse_chunks
 from tiny import tiny_llama
 
 PATH = "/v1/chat/completions"
@@ -71,10 +71,6 @@ def ask(served: Served, **fields: Any) -> dict[str, Any]:
     response = httpx.post(served.url + PATH, json=body(served, **fields), timeout=60)
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]
-
-
-def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
 
 
 def check(choice: dict[str, Any], schema: dict[str, Any]) -> bool:
@@ -266,37 +262,6 @@ def test_text_or_call_where_the_text_is_constrained(calling: Served) -> None:
             assert choice["message"]["tool_calls"]
         else:
             check(choice, SCHEMAS[1])
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "not wrapped": ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format.json_schema"),
-    "wrong type": ({"response_format": json_schema({"type": "wat"})}, "response_format.json_schema.schema"),
-    "unknown kind": ({"response_format": {"type": "xml"}}, "response_format"),
-    "a string": ({"response_format": "json_object"}, "response_format"),
-    "no name": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
-    "schema a string": ({"response_format": json_schema("x")}, "response_format.json_schema.schema"),
-    "unsupported": ({"response_format": json_schema({"uniqueItems": True})}, "response_format.json_schema.schema"),
-    "regex": ({"guided_regex": "("}, "guided_regex"),
-    "choice": ({"guided_choice": []}, "guided_choice"),
-    "grammar": ({"guided_grammar": "start: nope"}, "guided_grammar"),
-    "json": ({"guided_json": "{"}, "guided_json"),
-    "number": ({"guided_json": 5}, "guided_json"),
-    "outputs": ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
-    "two": ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
-    "large": ({"guided_json": {"enum": ["x" * 70_000]}}, "guided_json"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_wrong_constraint_is_refused_by_name(real: Served, name: str) -> None:
-    """Case 40."""
-    fields, param = BAD[name]
-    response = httpx.post(real.url + PATH, json=body(real, **fields), timeout=30)
-    assert response.status_code == 400, response.text
-    error = openai_error(response.json())
-    assert error["param"] is not None
-    assert error["param"].startswith(param)
-    assert len(error["message"]) < 500
 
 
 def test_hostile_schemas_cost_nobody_else_anything(real: Served) -> None:

@@ -22,21 +22,8 @@ from serve.errors import InvalidRequest, UnsupportedParameter
 
 # Bytes, some words that cross the borders of JSON's tokens, and the end.
 WORDS = [
-    b'{"',
-    b'":',
-    b'", "',
-    b'"}',
-    b"}]",
-    b"true",
-    b"null",
-    b": ",
-    b"  ",
-    b"\n\n",
-    "é".encode(),
-    b'"a"',
-    b"[[",
-    b"1.5",
-]
+    b'{"', b'":', b'", "', b'"}', b"}]", b"true", b"null", b": ", b"  ", b"\n\n", "é".encode(), b'"a"', b"[[", b"1.5",
+]  # fmt: skip
 TOKENS = [bytes([byte]) for byte in range(256)] + WORDS + [b"<end>"]
 END = len(TOKENS) - 1
 
