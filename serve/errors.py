@@ -5,6 +5,7 @@
     ├─ RequestError                  the caller can fix it
     │  ├─ InvalidRequest  ├─ UnsupportedParameter  ├─ ContextLengthExceeded
     │  ├─ AuthenticationError  ├─ PermissionDenied  ├─ ModelNotFound
+    │  ├─ ResponseNotFound  ├─ PreviousResponseNotFound
     │  └─ RequestTooLarge  └─ RequestTimeout  └─ UnsupportedMediaType
     ├─ CapacityError                 try again later; always with retry_after
     │  ├─ QueueFull  ├─ RateLimited  ├─ EngineNotReady  ├─ ShuttingDown  └─ DeadlineExceeded
@@ -85,6 +86,16 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
     code = "model_not_found"
+
+
+class ResponseNotFound(RequestError):
+    """The path names a response that is not stored for this caller (any more)."""
+
+
+class PreviousResponseNotFound(RequestError):
+    """``previous_response_id`` names a response that is not stored for this caller (any more)."""
+
+    code = "previous_response_not_found"
 
 
 class RequestTooLarge(RequestError):

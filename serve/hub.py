@@ -45,7 +45,7 @@ def is_hub_name(model: str) -> bool:
     return bool(_NAME.fullmatch(model)) and ".." not in model and "--" not in model and not model.endswith(".git")
 
 
-def check_name(model: str) -> None:
+def check_name(model: str, setting: str = "SERVE_MODEL") -> None:
     """Refuse what can be neither a folder nor a Hub id.
 
     Raises:
@@ -54,7 +54,7 @@ def check_name(model: str) -> None:
     if not is_hub_name(model):
         url = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", model)
         hint = f"write {url[1]}" if url else "write a folder's path, or owner/name as on the Hub"
-        raise ConfigError(f"SERVE_MODEL={model!r} is not a model's name: {hint}.", param="SERVE_MODEL")
+        raise ConfigError(f"{setting}={model!r} is not a model's name: {hint}.", param=setting)
 
 
 def open_snapshot(

@@ -15,17 +15,19 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import StrEnum
 from typing import TypeVar
 
 from serve.chat.prompt import ChatFormat
 from serve.cold_start import ColdStart, load_failure, without_garbage_collection
+from serve.embedding import Embeddings
 from serve.engine.base import Engine, ModelFiles, TokenStream, check_vocabulary
-from serve.errors import ConfigError, EngineDead, EngineNotReady, QueueFull, ServeError, ShuttingDown
+from serve.errors import ConfigError, EngineDead, EngineNotReady, ServeError, ShuttingDown
+from serve.model_loader import ModelLoader
+from serve.reading import PromptReader
 from serve.settings import Settings
-from serve.source import LoadedTokenizer, ModelOrigin
+from serve.source import ModelOrigin
 from serve.types import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -52,25 +54,27 @@ class Lifecycle:
         settings: The container's.
         engine: Not yet loaded.
         origin: Where tokenizer and weights come from.
+        embeddings: A second model, loaded before the engine takes what memory is left.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, origin: ModelOrigin) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, origin: ModelOrigin, embeddings: Embeddings | None = None
+    ) -> None:
         self.engine = engine
+        self.embeddings = embeddings
         self.state = State.LOADING
         self.failure: ServeError | None = None
         self.started_at = time.time()
+        self.drain_began = asyncio.Event()
         self.is_drained = False
         self._is_closed = False
         self._settings = settings
-        self._origin = origin
         self._cold_start = ColdStart()
-        self._tokenizer: LoadedTokenizer | None = None
+        self._loader = ModelLoader(origin, engine, embeddings, self._cold_start)
+        self._reader = PromptReader()
         self._files: ModelFiles | None = None
         self._is_loaded = False
         self._is_started = False
-        self._tokenizer_known = asyncio.Event()
-        self._renderers = ThreadPoolExecutor(2, thread_name_prefix="chat")
-        self._num_rendering = 0
         self._thread: threading.Thread | None = None
         self._on_failure: list[Callable[[ServeError], None]] = []
 
@@ -115,8 +119,8 @@ class Lifecycle:
             ServeError: the model cannot be served.
         """
         with without_garbage_collection():
-            self._files = self._find(self._tokenizer_loaded)
-            self.engine.prepare(self._files, self._cold_start.phase)
+            self._files = self._loader.find(self._reader.loaded)
+            self._loader.prepare(self._files)
 
     def restored(self, settings: Settings) -> None:
         """Bring the rest: device, weights onto it, a random state of its own, warm-up.
@@ -142,24 +146,17 @@ class Lifecycle:
             self.engine.reseed()
             return
         with without_garbage_collection():
-            self._files = self._files or self._find(self._tokenizer_loaded)
-            self.engine.load(self._files, self._cold_start.phase)
+            self._files = self._files or self._loader.find(self._reader.loaded)
+            self._loader.bring(self._files)
         self._is_loaded = True
-
-    def _find(self, announce: Callable[[LoadedTokenizer], object]) -> ModelFiles:
-        with self._cold_start.phase("tokenizer"):
-            tokenizer = self._origin.load_tokenizer()
-        announce(tokenizer)
-        with self._cold_start.phase("fetch"):
-            return self._origin.fetch(tokenizer)
 
     # In the loader's thread.
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             with without_garbage_collection():
-                files = self._find(lambda tokenizer: loop.call_soon_threadsafe(self._tokenizer_loaded, tokenizer))
-                self.engine.load(files, self._cold_start.phase)
+                files = self._loader.find(lambda tokenizer: loop.call_soon_threadsafe(self._reader.loaded, tokenizer))
+                self._loader.bring(files)
             loop.call_soon_threadsafe(self._loaded)
         except BaseException as error:
             if loop.is_closed():  # the server ended while the model was loading
@@ -168,10 +165,6 @@ class Lifecycle:
                 loop.call_soon_threadsafe(self.fail, load_failure(error))
 
     # On the event loop.
-
-    def _tokenizer_loaded(self, tokenizer: LoadedTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokenizer_known.set()
 
     def _loaded(self) -> None:
         if self._is_closed:  # too late: nobody would stop an engine that starts now
@@ -185,25 +178,31 @@ class Lifecycle:
     def fail(self, error: ServeError) -> None:
         """The model cannot be served (any more): end every request, tell whoever runs the server."""
         self.state, self.failure = State.DEAD, error
-        self._tokenizer_known.set()
-        self.engine.fail_all(error)
+        self._reader.wake()
+        self._fail_all(error)
         for callback in self._on_failure:
             callback(error)
 
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and completion together, as far as known."""
-        known = self._tokenizer.max_model_len if self._tokenizer else None
+        known = self._reader.tokenizer.max_model_len if self._reader.tokenizer else None
         return self.engine.max_model_len or known
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below this, as far as known."""
+        known = self._reader.tokenizer.vocab_size if self._reader.tokenizer else None
+        return self.engine.vocab_size or known
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, special ones too; half a character for some.  Empty for an unknown id."""
-        return self._tokenizer.chat.tokenizer.token_bytes(token_id) if self._tokenizer else b""
+        return self._reader.tokenizer.chat.tokenizer.token_bytes(token_id) if self._reader.tokenizer else b""
 
     @property
     def default_sampling(self) -> Mapping[str, float]:
         """What the model's own generation_config.json says of temperature, top_p, top_k and min_p."""
-        return self._tokenizer.default_sampling if self._tokenizer else {}
+        return self._reader.tokenizer.default_sampling if self._reader.tokenizer else {}
 
     @property
     def capacity(self) -> int | None:
@@ -229,19 +228,12 @@ class Lifecycle:
             RequestError: whatever ``work`` refuses.
         """
         self.check_admission()
-        if self._num_rendering >= self._settings.max_queue + self.engine.stats().num_slots:
-            raise QueueFull(f"{self._num_rendering} prompts wait to be tokenised; try again shortly")
-        self._num_rendering += 1
-        try:
-            if self._tokenizer is None:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._tokenizer_known.wait(), self._patience_s(received_at))
-                self.check_admission()
-            if self._tokenizer is None:
-                raise self._not_ready()
-            return await asyncio.get_running_loop().run_in_executor(self._renderers, work, self._tokenizer.chat)
-        finally:
-            self._num_rendering -= 1
+        with self._reader.place(self._settings.max_queue + self.engine.stats().num_slots):
+            await self._reader.wait(self.patience_s(received_at))
+            self.check_admission()
+            if self._reader.tokenizer is None:
+                raise self.not_ready()
+            return await self._reader.run(work, self._reader.tokenizer)
 
     def submit(self, request: GenerationRequest, received_at: float) -> TokenStream:
         """Queue a request; while the model loads it waits until ``SERVE_LOAD_WAIT_S`` after ``received_at``.
@@ -252,23 +244,24 @@ class Lifecycle:
             InvalidRequest: a token id is outside the vocabulary.
         """
         self.check_admission()
-        if vocab_size := self.engine.vocab_size or (self._tokenizer and self._tokenizer.vocab_size):
-            check_vocabulary(request, vocab_size)
+        if self.vocab_size is not None:
+            check_vocabulary(request, self.vocab_size)
         stream = self.engine.submit(request)
         if self.state is State.LOADING:
             loop = asyncio.get_running_loop()
-            loop.call_later(self._patience_s(received_at), self._give_up_waiting, stream)
+            loop.call_later(self.patience_s(received_at), self._give_up_waiting, stream)
         return stream
 
-    def _patience_s(self, received_at: float) -> float:
+    def patience_s(self, received_at: float) -> float:
         """Seconds that a request which came at ``received_at`` still waits for the model."""
         return max(0.0, self._settings.load_wait_s - (time.perf_counter() - received_at))
 
     def _give_up_waiting(self, stream: TokenStream) -> None:
         if self.state is State.LOADING:
-            stream.fail(self._not_ready())
+            stream.fail(self.not_ready())
 
-    def _not_ready(self) -> EngineNotReady:
+    def not_ready(self) -> EngineNotReady:
+        """The error of who has waited long enough for the model."""
         doing = f" ({self.current_phase})" if self.current_phase else ""
         return EngineNotReady(f"the model is still loading{doing}; try again", retry_after=RETRY_AFTER_LOADING_S)
 
@@ -276,23 +269,31 @@ class Lifecycle:
         """Admit nothing new, let running requests finish for ``timeout_s`` seconds, end the rest with an error."""
         if self.state in {State.LOADING, State.READY}:
             self.state = State.DRAINING
+        self.drain_began.set()
         deadline = time.monotonic() + timeout_s
         error = ShuttingDown("the server is shutting down; try again", retry_after=RETRY_AFTER_DRAINING_S)
         self.engine.fail_waiting(error)
-        self._tokenizer_known.set()  # who waits for it learns of the shutdown
+        self._reader.wake()  # who waits for it learns of the shutdown
         while self.state is not State.DEAD and self.is_busy and time.monotonic() < deadline:  # noqa: ASYNC110 - by a thread
             await asyncio.sleep(0.02)
-        self.engine.fail_all(error)
+        self._fail_all(error)
         self.is_drained = True
+
+    def _fail_all(self, error: ServeError) -> None:
+        self.engine.fail_all(error)
+        if self.embeddings is not None:
+            self.embeddings.fail_all(error)
 
     @property
     def is_busy(self) -> bool:
         """Whether any request runs or waits."""
         stats = self.engine.stats()
-        return bool(stats.num_running or stats.num_waiting)
+        return bool(stats.num_running or stats.num_waiting or (self.embeddings and self.embeddings.is_busy))
 
     async def close(self) -> None:
         """Stop the engine.  A loading thread is left behind: imports and copies cannot be interrupted."""
         self._is_closed = True
         await self.engine.close()
-        self._renderers.shutdown(wait=False, cancel_futures=True)
+        if self.embeddings is not None:
+            await self.embeddings.close()
+        self._reader.close()

@@ -134,6 +134,7 @@ def _server(app: FastAPI, settings: Settings) -> DrainingServer:
         timeout_keep_alive=IDLE_CONNECTION_S,
         timeout_graceful_shutdown=LAST_WRITES_S,
         lifespan="on",
+        ws_max_size=settings.max_body_bytes,
         **options,
     )
     return DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)

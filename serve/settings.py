@@ -10,7 +10,6 @@ import difflib
 import ipaddress
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
@@ -22,41 +21,9 @@ from serve.engine.base import EngineConfig
 from serve.errors import ConfigError
 from serve.folders import default_cache
 from serve.limits import Allowance
+from serve.setting_values import Device, Dtype, EngineName, LogFormat, ToolParser, ToolPrompt
 
 PREFIX = "SERVE_"
-
-
-class EngineName(StrEnum):
-    """Which engine answers."""
-
-    TRANSFORMERS = "transformers"
-    ECHO = "echo"
-    REMOTE = "remote"
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-class Dtype(StrEnum):
-    """The model's number format."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class LogFormat(StrEnum):
-    """How log lines look; ``auto`` is text on a terminal and JSON elsewhere."""
-
-    AUTO = "auto"
-    TEXT = "text"
-    JSON = "json"
 
 
 class Settings(BaseSettings):
@@ -75,6 +42,8 @@ class Settings(BaseSettings):
     model_revision: str | None = Field(None, description="Commit, tag or branch of a Hugging Face model.")
     model_name: str = Field("", description="The model's id in the API. Default: the id, or the folder's name.")
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
+    embedding_model: str = Field("", description="Second model, for /v1/embeddings: a folder or a Hugging Face id.")
+    embedding_revision: str | None = Field(None, description="Commit, tag or branch of the embedding model.")
     fold_messages: bool = Field(
         False,
         description="When the chat template refuses them, fold system messages into the user's and join neighbours "
@@ -82,6 +51,15 @@ class Settings(BaseSettings):
     )
     allow_control_tokens: bool = Field(
         False, description="Obey control tokens such as <|im_end|> that callers write in messages; else they are text."
+    )
+    tool_parser: ToolParser = Field(
+        ToolParser.AUTO,
+        description="Family of the model's tool calls: hermes (Qwen and GLM too), llama, mistral, deepseek, kimi, "
+        "kimi_k3, gemma, harmony, or none. auto: read off the chat template.",
+    )
+    tool_prompt: ToolPrompt = Field(
+        ToolPrompt.NONE,
+        description="generic: explain tools in a system message to a model whose chat template knows none. none: 400.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     engine: EngineName = Field(
@@ -125,6 +103,8 @@ class Settings(BaseSettings):
     limit_tokens_per_minute: int | None = Field(None, ge=1, description="Prompt and completion tokens of each caller.")
     limit_tokens_per_day: int | None = Field(None, ge=1, description="The same for a day, which begins at 0:00 UTC.")
     limit_concurrency: int | None = Field(None, ge=1, description="Requests that each caller may have running at once.")
+    stored_responses: int = Field(1000, ge=0, le=10**6, description="Responses kept for each key; 0 keeps none.")
+    stored_response_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of them for each key; the oldest go first.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
     keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")
@@ -176,6 +156,8 @@ class Settings(BaseSettings):
                 f"SERVE_HOST={self.host} is reachable from other machines: "
                 "set SERVE_API_KEYS, or SERVE_ALLOW_ANONYMOUS=true to answer everyone"
             )
+        if self.embedding_name and self.embedding_name == self.served_name:
+            raise ValueError(f"both models are called {self.served_name}: set SERVE_MODEL_NAME")
         return self
 
     @cached_property
@@ -185,9 +167,12 @@ class Settings(BaseSettings):
             return self.model_name
         if self.engine is not EngineName.TRANSFORMERS and not self.model:
             return self.engine.value
-        folder = Path(self.model).expanduser()
-        # Not resolve(): the name of a link is the operator's choice.
-        return Path(os.path.abspath(folder)).name if folder.exists() else self.model  # noqa: PTH100
+        return _name_of(self.model)
+
+    @cached_property
+    def embedding_name(self) -> str:
+        """The embedding model's id in the API; empty: there is none."""
+        return _name_of(self.embedding_model) if self.embedding_model else ""
 
     def environment(self) -> tuple[dict[str, str], dict[str, str]]:
         """What was set, as variables for a container: the public ones, and the secret ones."""
@@ -249,6 +234,12 @@ def _default_cache() -> Path | None:
         return default_cache()
     except RuntimeError:  # containers run as users without a home
         return None
+
+
+def _name_of(model: str) -> str:
+    folder = Path(model).expanduser()
+    # Not resolve(): the name of a link is the operator's choice.
+    return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100
 
 
 def is_loopback(host: str) -> bool:

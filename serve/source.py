@@ -5,20 +5,21 @@ Joins ``serve.weights`` (files), ``serve.chat`` (tokenizer and template) and wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 from serve import checkpoint, hub, weights
+from serve.chat.constraint import Vocabulary
 from serve.chat.control import ControlTokens
 from serve.chat.prompt import ChatFormat
 from serve.chat.tokenizer import HubTokenizer, Tokenizer
 from serve.engine import echo
 from serve.engine.base import ModelFiles
 from serve.errors import ConfigError, ModelLoadError
-from serve.settings import EngineName, Settings
+from serve.settings import EngineName, Settings, ToolPrompt
 
 DEFAULT_MAX_MODEL_LEN = 8192
 """Without a setting, a longer context is cut here: each slot of the KV cache reserves all of it."""
@@ -65,8 +66,10 @@ class CheckpointOrigin:
         source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
         self._source = source
         max_model_len = _max_model_len(settings.max_model_len, checkpoint.context_length(source.config))
+        tokenizer = HubTokenizer(source.tokenizer_folder)
+        eos_token_ids = checkpoint.eos_token_ids(source.folder, source.config) | _own_eos(tokenizer)
         return LoadedTokenizer(
-            chat=_chat_format(settings, HubTokenizer(source.tokenizer_folder), self._template, max_model_len),
+            chat=_chat_format(settings, tokenizer, eos_token_ids, self._template, max_model_len),
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size(source.config),
             default_sampling=checkpoint.default_sampling(source.folder),
@@ -78,11 +81,10 @@ class CheckpointOrigin:
             raise RuntimeError("load_tokenizer() must come before fetch()")
         source = weights.fetch_weights(self._source)
         hub.close_connections()
-        eos_token_ids = checkpoint.eos_token_ids(source.folder, source.config) | _own_eos(tokenizer.chat)
         return ModelFiles(
             folder=source.folder,
-            decode=tokenizer.chat.tokenizer.decode,
-            eos_token_ids=eos_token_ids,
+            decode=tokenizer.chat.decode,
+            eos_token_ids=tokenizer.chat.eos_token_ids,
             max_model_len=tokenizer.max_model_len,
             adapter=source.adapter,
         )
@@ -96,12 +98,20 @@ class EchoOrigin:
     tool_chat_template: str | None = None
     control: ControlTokens | None = None
     max_chars_per_token: int | None = None
-    encode = staticmethod(echo.encode)
-    decode = staticmethod(echo.decode)
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._template = _operator_template(settings.chat_template)
+
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Its bytes; no text begins with a special token."""
+        del adds_special
+        return echo.encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """The bytes' text; the only special token has none."""
+        del skips_special
+        return echo.decode(token_ids)
 
     def token_id(self, token: str) -> int | None:
         """No token has a name."""
@@ -112,11 +122,21 @@ class EchoOrigin:
         """The byte itself."""
         return bytes((token_id,)) if token_id < echo.EOS_TOKEN_ID else b""
 
+    def vocabulary(self) -> Vocabulary:
+        """All bytes, and the end."""
+        tokens = [self.token_bytes(token_id) for token_id in range(echo.VOCAB_SIZE)]
+        return Vocabulary(tokens, frozenset({echo.EOS_TOKEN_ID}), echo.encode)
+
+    def decoder(self, kept: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """There are no special tokens with a text."""
+        del kept
+        return self.decode
+
     def load_tokenizer(self) -> LoadedTokenizer:
         """Bytes as tokens."""
         settings = self._settings
         return LoadedTokenizer(
-            chat=_chat_format(settings, self, self._template, None),
+            chat=_chat_format(settings, self, frozenset({echo.EOS_TOKEN_ID}), self._template, None),
             max_model_len=settings.max_model_len or echo.MAX_MODEL_LEN,
             vocab_size=echo.VOCAB_SIZE,
         )
@@ -136,11 +156,20 @@ def choose_origin(settings: Settings) -> ModelOrigin:
     return CheckpointOrigin(settings) if settings.engine is EngineName.TRANSFORMERS else EchoOrigin(settings)
 
 
-def _chat_format(settings: Settings, tokenizer: Tokenizer, template: str | None, context: int | None) -> ChatFormat:
+def _chat_format(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    eos_token_ids: frozenset[int],
+    template: str | None,
+    context: int | None,
+) -> ChatFormat:
     return ChatFormat(
         tokenizer,
         template,
         context,
+        eos_token_ids=eos_token_ids,
+        tool_parser=settings.tool_parser.value,
+        has_tool_prompt=settings.tool_prompt is ToolPrompt.GENERIC,
         folds_messages=settings.fold_messages,
         allows_control_tokens=settings.allow_control_tokens,
     )
@@ -163,8 +192,7 @@ def _max_model_len(requested: int | None, own: int | None) -> int:
     return requested
 
 
-def _own_eos(chat: ChatFormat) -> frozenset[int]:
-    tokenizer: Any = chat.tokenizer
+def _own_eos(tokenizer: Tokenizer) -> frozenset[int]:
     name = tokenizer.special_tokens.get("eos_token")
     token_id = tokenizer.token_id(name) if name else None
     return frozenset() if token_id is None else frozenset({token_id})

@@ -42,6 +42,9 @@ class Grammar(Protocol):
 
         The end-of-sequence token is among them where the sequence may end.  Words beyond the vocabulary are ignored,
         missing ones allow nothing.  Not asked for once :attr:`is_finished`.
+
+        Raises:
+            RequestError: the caller asked for what turns out to be too complex.
         """
         ...
 
@@ -50,6 +53,7 @@ class Grammar(Protocol):
 
         Raises:
             ValueError: :meth:`allowed` did not allow it.
+            RequestError: as :meth:`allowed`.
         """
         ...
 
@@ -161,8 +165,8 @@ class TokenEvent:
 
     When asked for, ``logprobs`` are those of the tokens whose text this event began to release: none while text is
     held back, several once it comes.  All events' together are, in order, those of the tokens of the returned text:
-    no end-of-sequence or stop token, none of a stop string.  The first event also carries ``prompt_logprobs``, one
-    for each prompt token (None for the first, which nothing predicts).
+    no end-of-sequence or stop token (``end_logprob`` is that one's), none of a stop string.  The first event also
+    carries ``prompt_logprobs``, one for each prompt token (None for the first, which nothing predicts).
     """
 
     text: str = ""
@@ -174,6 +178,7 @@ class TokenEvent:
     queue_s: float | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    end_logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,11 @@ _SMALL_FILES = (
     "*.jinja",
     "chat_template*",
     "*.safetensors.index.json",
+    # Of embedding models.
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "*_Pooling/config.json",
 )
 SERVED_FILES = (*_SMALL_FILES, "*.safetensors")
 """Patterns of all files that a model in one folder is served from, when its own list of them is not known."""
@@ -74,14 +79,14 @@ class ModelSource:
         return self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.folder
 
 
-def check_name(model: str) -> None:
+def check_name(model: str, setting: str = "SERVE_MODEL") -> None:
     """Refuse early what is neither a folder's path nor a Hub id.
 
     Raises:
         ConfigError: the name is malformed.
     """
     if not _exists(Path(model).expanduser()) and not _looks_like_path(model):
-        hub.check_name(model)
+        hub.check_name(model, setting)
 
 
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:

@@ -49,3 +49,11 @@ def demo_model() -> Path:
     from trimaran import demo_model
 
     return demo_model.prepare()
+
+
+@pytest.fixture(scope="session")
+def demo_embedding() -> Path:
+    """The folder of all-MiniLM-L6-v2, downloaded on first use."""
+    from trimaran import demo_embedding
+
+    return demo_embedding.prepare()

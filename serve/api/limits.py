@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,16 +42,14 @@ class Limits:
                     headers[name] = value
             await send(message)
 
-        try:
-            self._limiter.admit(caller)
-        except RateLimited as error:
-            record.error_code = error.code
-            await error_response(error)(scope, receive, send_with_limits)
-            return
-        try:
+        with contextlib.ExitStack() as admitted:
+            try:
+                admitted.enter_context(within_limits(self._limiter, record))
+            except RateLimited as error:
+                record.error_code = error.code
+                await error_response(error, scope)(scope, receive, send_with_limits)
+                return
             await self._app(scope, receive, send_with_limits)
-        finally:
-            self._limiter.release(caller, (record.prompt_tokens or 0) + record.completion_tokens)
 
     def _headers(self, caller: str) -> dict[str, str]:
         headers: dict[str, str] = {}
@@ -57,6 +58,21 @@ class Limits:
             headers[f"x-ratelimit-remaining-{left.kind}"] = str(left.remaining)
             headers[f"x-ratelimit-reset-{left.kind}"] = duration(left.resets_in_s)
         return headers
+
+
+@contextlib.contextmanager
+def within_limits(limiter: Limiter, record: RequestRecord) -> Generator[None]:
+    """Count what ``record`` tells of against its caller's allowance, its tokens when it ends.
+
+    Raises:
+        RateLimited: the allowance is used up; nothing was counted.
+    """
+    caller = record.caller or ""
+    limiter.admit(caller)
+    try:
+        yield
+    finally:
+        limiter.release(caller, (record.prompt_tokens or 0) + record.completion_tokens)
 
 
 def duration(seconds: float) -> str:

@@ -12,19 +12,23 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
-from serve.api.errors import error_response, plain_error
-from serve.errors import AuthenticationError, RequestTimeout, RequestTooLarge
+from serve.api.errors import error_response, plain_error, speaks_anthropic
+from serve.errors import AuthenticationError, PermissionDenied, RequestTimeout, RequestTooLarge
 from serve.observe import RequestRecord
 
 logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+SWITCHED = 101
 CLIENT_CLOSED = 499
 """Logged when the client left before an answer; never sent."""
 
@@ -49,19 +53,26 @@ class Boundary:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, whatever happens inside."""
+        if scope["type"] == "websocket":
+            await self._serve_socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         wanted = Headers(scope=scope).get("x-request-id", "")
-        request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
+        request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else new_request_id()
         record = RequestRecord(request_id=request_id, method=scope["method"], route=scope["path"])
         is_head = scope["method"] == "HEAD"
-        scope = {**scope, "method": "GET" if is_head else scope["method"], "trimaran.record": record}
+        method = "GET" if is_head else scope["method"]
+        scope = {**scope, "method": method, "trimaran.record": record, "trimaran.end": self._end}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if speaks_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
@@ -74,15 +85,59 @@ class Boundary:
             logger.exception("Unexpected error in request %s", request_id)
             if record.status is not None:  # too late for another status
                 raise
-            response = plain_error(500, f"internal error; tell the operator the request id {request_id}")
+            response = plain_error(500, f"internal error; tell the operator the request id {request_id}", scope=scope)
             await response(scope, receive, send_with_id)
         finally:
             if record.status is None:
                 record.status = CLIENT_CLOSED
             record.endpoint = getattr(scope.get("route"), "path", None)
             if scope["path"] not in OPEN_PATHS:
-                for sink in self._sinks:
-                    sink(record)
+                self._end(record)
+
+    def _end(self, record: RequestRecord) -> None:
+        for sink in self._sinks:
+            sink(record)
+
+    async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection, from its handshake to its end, as one record; its turns have records of their own."""
+        record = RequestRecord(request_id=new_request_id(), method="WEBSOCKET", route=scope["path"])
+
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "websocket.accept":
+                record.status = SWITCHED
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            elif message["type"] == "websocket.http.response.start":
+                record.status = message["status"]
+            await send(message)
+
+        scope = {**scope, "trimaran.record": record, "trimaran.end": self._end}
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception:
+            logger.exception("Unexpected error in connection %s", record.request_id)
+            if record.status == SWITCHED:
+                with suppress(Exception):  # it may be closed already
+                    await send({"type": "websocket.close", "code": 1011, "reason": "internal error"})
+            else:
+                await refuse_socket(plain_error(500, "internal error"), scope, receive, send_noting)
+        finally:
+            if record.status is None:  # closed in place of an answer
+                record.status = 403
+            record.endpoint = getattr(scope.get("route"), "path", None)
+            self._end(record)
+
+
+async def refuse_socket(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a WebSocket's handshake with an HTTP error; servers that cannot close it, which is a 403."""
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await response(scope, receive, send)
+    else:
+        await send({"type": "websocket.close", "code": 1008, "reason": "refused"})
+
+
+def new_request_id() -> str:
+    """Names a request whose client did not."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 class Gate:
@@ -97,19 +152,34 @@ class Gate:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        headers, is_socket = Headers(scope=scope), scope["type"] == "websocket"
         try:
-            caller = scope.get(TRUSTED_CALLER) or self._keys.caller(scope["path"], Headers(scope=scope))
-        except AuthenticationError as error:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": "no accepted API key"})
-                return
-            response = error_response(error)
-            response.headers["www-authenticate"] = challenge(scope["path"])
-            await response(scope, receive, send)
+            caller = scope.get(TRUSTED_CALLER) or self._keys.caller(scope["path"], headers)
+            if is_socket and self._keys.is_empty:
+                _refuse_foreign_page(headers)
+        except (AuthenticationError, PermissionDenied) as error:
+            response = error_response(error, scope)
+            if isinstance(error, AuthenticationError):
+                response.headers["www-authenticate"] = challenge(scope["path"])
+            if is_socket:
+                await refuse_socket(response, scope, receive, send)
+            else:
+                await response(scope, receive, send)
             return
         if (record := scope.get("trimaran.record")) is not None:
             record.caller = caller
         await self._app(scope, receive, send)
+
+
+def _refuse_foreign_page(headers: Headers) -> None:
+    """Without keys, any page that its user has open could talk to a server on the user's machine.
+
+    Raises:
+        PermissionDenied: the connection comes from a page of another origin.
+    """
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise PermissionDenied("a page of another origin may only connect with an API key: set SERVE_API_KEYS")
 
 
 class BodyLimit:
@@ -145,7 +215,7 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
     async def _refuse(self, num_read: int, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(self._error())
+        response = error_response(self._error(), scope)
         if declared <= MAX_DISCARDED_BYTES:
             await _discard({"more_body": True}, num_read, receive)
         else:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from fastapi import APIRouter, Request
 
 from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import show
-from serve.api.health import batching, package_version
+from serve.api.health import batching
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
 from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
@@ -20,30 +18,35 @@ router = APIRouter(tags=["models"], dependencies=DOCUMENTED_SCHEMES)
 def check_model(name: str, settings: Settings) -> None:
     """Raise ``ModelNotFound`` unless ``name`` is served here; the message names what is."""
     if name != settings.served_name:
-        raise ModelNotFound(f"model {show(name)} is not served here; use {settings.served_name!r}", param="model")
+        raise _not_found(name, settings)
 
 
-def fingerprint(name: str) -> str:
-    """Names what computed an answer: it changes with the model's name and with this server's version."""
-    return "fp_" + hashlib.sha256(f"{package_version()} {name}".encode()).hexdigest()[:10]
+def _not_found(name: str, settings: Settings) -> ModelNotFound:
+    return ModelNotFound(f"model {show(name)} is not served here; use {settings.served_name!r}", param="model")
 
 
-def _model(request: Request) -> Model:
+def _models(request: Request) -> list[Model]:
     lifecycle: Lifecycle = request.app.state.lifecycle
     settings: Settings = request.app.state.settings
-    return Model(
+    created = int(lifecycle.started_at)
+    model = Model(
         id=settings.served_name,
-        created=int(lifecycle.started_at),
+        created=created,
         owned_by="trimaran",
         max_model_len=lifecycle.max_model_len,
         batching=batching(lifecycle),
     )
+    second = lifecycle.embeddings
+    if second is None:
+        return [model]
+    length = second.max_tokens
+    return [model, Model(id=second.name, created=created, owned_by="trimaran", max_model_len=length, batching=None)]
 
 
 @router.get("/v1/models", summary="List models", responses={401: {"model": ErrorResponse}})
 async def list_models(request: Request) -> ModelList:
-    """The one model that this server has; known from the first second, also while it loads."""
-    return ModelList(data=[_model(request)])
+    """What this server has: its model and, where there is one, that for embeddings; known while they load, too."""
+    return ModelList(data=_models(request))
 
 
 @router.get(
@@ -53,5 +56,7 @@ async def list_models(request: Request) -> ModelList:
 )
 async def get_model(model: str, request: Request) -> Model:
     """One model by its id, which may contain slashes."""
-    check_model(model, request.app.state.settings)
-    return _model(request)
+    found = next((known for known in _models(request) if known.id == model), None)
+    if found is None:
+        raise _not_found(model, request.app.state.settings)
+    return found

@@ -19,12 +19,12 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.errors import error_json, show
+from serve.api.errors import error_json, message_error_json, show, speaks_anthropic, status_of
 from serve.api.generation import wait_for_disconnect
 from serve.api.middleware import CLIENT_CLOSED
 from serve.api.routing import StrictRoute
 from serve.api.schemas.common import ErrorResponse
-from serve.api.sse import DONE, KEEP_ALIVE, EventStream, frame
+from serve.api.sse import DONE, KEEP_ALIVE, EventStream, frame, named_frame
 from serve.errors import EngineNotReady, ModelNotFound, QueueFull, ServeError, UpstreamFailed
 from serve.observe import RequestRecord
 from serve.passage import Passage, PassageEngine
@@ -198,7 +198,7 @@ async def _frames(
             body = await passage.result(passage.begin(_read(answer))) or b""
             if (refusal := _refusal(answer, body)) is not None:
                 raise refusal
-            yield frame(_one_line(body)) + DONE
+            yield _last(_one_line(body), record.route)
             return
         chunks, is_between = aiter(answer.chunks()), True
         while True:
@@ -212,7 +212,16 @@ async def _frames(
             yield chunk
     except ServeError as error:
         record.error_code = error.code
-        yield frame(error_json(error)) + DONE
+        if speaks_anthropic(record.route):
+            data = message_error_json(status_of(error), error.message, record.request_id)
+        else:
+            data = error_json(error)
+        yield _last(data, record.route)
+
+
+def _last(error: bytes, path: str) -> bytes:
+    """The end of a stream that failed, as the clients of its path read it."""
+    return named_frame("error", error) if speaks_anthropic(path) else frame(error) + DONE
 
 
 async def _next(chunks: AsyncIterator[bytes]) -> bytes:

@@ -30,6 +30,20 @@ def _count_marks(text: bytes) -> int:
     return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
+def parse_json(body: bytes) -> Any:
+    """What a body says.
+
+    Raises:
+        InvalidRequest: it is not JSON, or too much of it.
+    """
+    if _has_too_many_values(body):
+        raise InvalidRequest(f"the body has more than {MAX_VALUES} JSON values; send fewer, longer strings")
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+
+
 class _JsonRequest(Request):
     """A request whose body is known to be JSON."""
 
@@ -53,13 +67,7 @@ class _JsonRequest(Request):
         ):
             sent = media_type or "none"
             raise UnsupportedMediaType(f"the content type is {sent}; send Content-Type: application/json")
-        body = await self.body()
-        if _has_too_many_values(body):
-            raise InvalidRequest(f"the body has more than {MAX_VALUES} JSON values; send fewer, longer strings")
-        try:
-            self._parsed = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        self._parsed = parse_json(await self.body())
 
 
 class StrictRoute(APIRoute):

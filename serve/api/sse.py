@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
+from typing import Any, ClassVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -17,8 +18,14 @@ from serve.types import TokenEvent
 
 logger = logging.getLogger(__name__)
 
+TEXT = "\x00text"
+"""Stands for a text while the frame around it is made once; no JSON string of ours holds a NUL otherwise."""
+
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {}}
+"""What OpenAPI says of a stream: no schema, since readers disagree on whether one is of the body or of an event."""
+
 HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
 
@@ -27,12 +34,28 @@ def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-class Shape(Protocol):
-    """Turns a request's events into the frames of one wire."""
+def named_frame(name: str, data: bytes) -> bytes:
+    """One event of a wire whose events have names."""
+    return b"event: " + name.encode() + b"\n" + frame(data)
 
+
+class Shape(ABC):
+    """Turns a request's events into the frames of one wire.  What is not overridden is OpenAI's."""
+
+    keep_alive: ClassVar[bytes] = KEEP_ALIVE
+    """Sent while the first token does not come."""
+
+    def opening(self) -> bytes:
+        """What is sent before the first token."""
+        return b""
+
+    @abstractmethod
     def frames(self, index: int, event: TokenEvent) -> Iterable[bytes]:
         """The frames of one event of a choice; the last choice's last event also closes the wire's stream."""
-        ...
+
+    def failed(self, error: ServeError) -> bytes:
+        """The end of a stream that failed after its headers were sent."""
+        return frame(error_json(error)) + DONE
 
 
 class WritePace:
@@ -61,23 +84,25 @@ async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float, pace
     """
     pace.num_streams += 1
     try:
+        if opening := shape.opening():
+            yield opening
         while True:
             try:
                 events = await asyncio.wait_for(choices.next(), keep_alive_s)
                 break
             except TimeoutError:
-                yield KEEP_ALIVE
+                yield shape.keep_alive
         while events:
             pieces, error = _until_error(events, shape)
             yield b"".join(pieces)
             if error is not None:
-                yield frame(error_json(error)) + DONE
+                yield shape.failed(error)
                 return
             await pace.rest()
             events = await choices.next()
     except Exception:
         logger.exception("Unexpected error in a stream")
-        yield frame(error_json(GenerationFailed("internal error while streaming"))) + DONE
+        yield shape.failed(GenerationFailed("internal error while streaming"))
     finally:
         pace.num_streams -= 1
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, NoReturn, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -74,6 +74,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return self.from_string(tree)
         except jinja2.TemplateError as error:
             raise ModelLoadError(f"the chat template is not valid Jinja: {error}") from error
+
+    def variables(self, source: str) -> frozenset[str]:
+        """What a template reads that it does not set itself."""
+        return frozenset(meta.find_undeclared_variables(self.parse(source)))
 
     def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """The rendered text.

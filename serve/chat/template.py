@@ -38,6 +38,7 @@ class ChatTemplate:
         self._plain = self._sandbox.prepare(source)
         self._with_tools = self._sandbox.prepare(tool_source) if tool_source else self._plain
         self.source = tool_source or source
+        self.variables = self._sandbox.variables(self.source)
         self._reads_developer = "developer" in source
         self.reads_tools = self._finds_tools()
         self._null_content, self._parses_arguments = self._learn_calls()

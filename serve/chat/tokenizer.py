@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from serve.chat.constraint import Vocabulary
 from serve.chat.control import ControlTokens
 from serve.chat.token_bytes import TokenBytes
 from serve.errors import ModelLoadError
@@ -56,12 +57,15 @@ class Tokenizer(Protocol):
         """A text with more characters for each token than this does not exist; None: unknown."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such unless :attr:`control` separated them; none is added."""
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Token ids; special tokens in the text count as such unless :attr:`control` separated them.
+
+        ``adds_special`` adds those that begin (and end) every text of this model.
+        """
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """Text, special tokens left out unless asked for."""
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -70,6 +74,14 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, special ones too; empty for an unknown id."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """All tokens, for grammars.  Takes a while."""
+        ...
+
+    def decoder(self, kept: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """:meth:`decode`, which leaves some special tokens in."""
         ...
 
 
@@ -104,17 +116,17 @@ class HubTokenizer:
             self._max_chars_per_token = longest * MAX_SHRINKING
         return self._max_chars_per_token
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens in the text count as such unless ``control`` separated them; none is added."""
+    def encode(self, text: str, *, adds_special: bool = False) -> list[int]:
+        """Token ids; special tokens in the text count as such unless ``control`` separated them."""
         # The batch call releases the GIL, so that a long prompt does not stop the event loop.
-        token_ids: list[int] = self._rust.encode_batch([text], add_special_tokens=False)[0].ids
+        token_ids: list[int] = self._rust.encode_batch([text], add_special_tokens=adds_special)[0].ids
         if self.control.separator in text:
             return [token_id for token_id in token_ids if token_id != self._separator_id]
         return token_ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, special tokens left out."""
-        return self._rust.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = True) -> str:
+        """Text, special tokens left out unless asked for."""
+        return self._rust.decode(token_ids, skip_special_tokens=skips_special)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token."""
@@ -125,6 +137,29 @@ class HubTokenizer:
         if self._token_bytes is None:
             self._token_bytes = TokenBytes(self._rust)
         return self._token_bytes[token_id]
+
+    def vocabulary(self) -> Vocabulary:
+        """All tokens, for grammars.  Takes a while."""
+        ids = set(self._rust.get_vocab(with_added_tokens=True).values()) - {self._separator_id}
+        tokens = [self.token_bytes(token_id) if token_id in ids else b"" for token_id in range(max(ids) + 1)]
+        return Vocabulary(tokens, self._special_ids(), lambda text: self.encode(self.control.in_value(text)))
+
+    def decoder(self, kept: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """:meth:`decode`, which leaves some special tokens in."""
+        kept_ids = {self.token_id(token) for token in kept} & self._special_ids()
+        if not kept_ids:
+            return self.decode
+        dropped = self._special_ids() - kept_ids
+
+        def decode(token_ids: Sequence[int]) -> str:
+            shown = [token_id for token_id in token_ids if token_id not in dropped]
+            return self._rust.decode(shown, skip_special_tokens=False)
+
+        return decode
+
+    def _special_ids(self) -> frozenset[int]:
+        added = self._rust.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
 
 def _load_rust(folder: Path, config: dict[str, Any]) -> Any:

@@ -6,10 +6,10 @@ It runs behind the real queue, scheduler, detokenizer and step loop; only the ar
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
-from serve.engine.scheduler import Batch
+from serve.engine.scheduler import Batch, Sequence
 from serve.engine.worker import StepEngine
 from serve.types import MIN_LOGPROB, TokenLogprob
 
@@ -17,6 +17,9 @@ EOS_TOKEN_ID = 256
 VOCAB_SIZE = 257
 MAX_MODEL_LEN = 8192
 NUM_SLOTS = 8
+_BY_URGE_TO_END = (EOS_TOKEN_ID, *b'}]"0', *range(33, EOS_TOKEN_ID), *range(33))
+"""What a grammar asks for instead of the prompt's next byte: what closes JSON comes first."""
+
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
 
 
@@ -25,7 +28,7 @@ def encode(text: str) -> list[int]:
     return list(text.encode("utf-8", errors="replace"))
 
 
-def decode(token_ids: Sequence[int]) -> str:
+def decode(token_ids: Seq[int]) -> str:
     """The inverse of :func:`encode`; special tokens are left out."""
     return bytes(token_id for token_id in token_ids if token_id < EOS_TOKEN_ID).decode("utf-8", errors="replace")
 
@@ -56,10 +59,10 @@ class EchoRunner:
         """Nothing here is random."""
 
     def step(self, batch: Batch) -> StepOutput:
-        """Sleep for ``step_s``, then give each sequence its next token, whatever its parameters say."""
+        """Sleep for ``step_s``, then give each sequence its next token; of its parameters only the grammar counts."""
         time.sleep(self._step_s)
         sampled = batch.sampled
-        token_ids = [self._next(sequence.prompt_token_ids, len(sequence.output_token_ids)) for sequence in sampled]
+        token_ids = [self._next(sequence) for sequence in sampled]
         logprobs = {
             row: _certain(token_ids[row], sequence.params.logprobs)
             for row, sequence in enumerate(sampled)
@@ -72,8 +75,13 @@ class EchoRunner:
         }
         return StepOutput([*token_ids], logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
-    def _next(self, prompt: Sequence[int], num_output_tokens: int) -> int:
-        return prompt[num_output_tokens] if num_output_tokens < len(prompt) else EOS_TOKEN_ID
+    def _next(self, sequence: Sequence) -> int:
+        prompt, place = sequence.prompt_token_ids, len(sequence.output_token_ids)
+        wanted = prompt[place] if place < len(prompt) else EOS_TOKEN_ID
+        if sequence.grammar is None or sequence.grammar.is_finished:
+            return wanted
+        allowed = int.from_bytes(sequence.grammar.allowed(), "little")
+        return next(token_id for token_id in (wanted, *_BY_URGE_TO_END) if allowed >> token_id & 1)
 
 
 def _certain(token_id: int, num_top: int) -> TokenLogprob:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from serve.engine.base import Decode
 from serve.engine.detokenizer import Detokenizer
 from serve.engine.scheduler import Sequence
-from serve.errors import GenerationFailed, ServeError
+from serve.errors import GenerationFailed, RequestError, ServeError
 from serve.types import FinishReason, TokenEvent, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,13 @@ class LiveRequest:
 
         Raises:
             GenerationFailed: the token cannot be decoded, or the grammar does not go on.
+            RequestError: the caller's grammar is too complex.
         """
         sequence = self.sequence
-        text, stop = "", None
-        if sequence.finish_reason is not FinishReason.STOP:  # else its end token is no part of the text
+        text, stop, end_logprob = "", None, None
+        if sequence.finish_reason is FinishReason.STOP:  # its end token is no part of the text
+            end_logprob = logprob
+        else:
             self._accept(token_id)
             text, stop = self._push(token_id, logprob)
         if stop is not None:
@@ -77,6 +80,7 @@ class LiveRequest:
             queue_s=queue_s,
             logprobs=self._released(is_all) if self._held else (),
             prompt_logprobs=prompt_logprobs,
+            end_logprob=end_logprob,
         )
 
     def _push(self, token_id: int, logprob: TokenLogprob | None) -> tuple[str, str | None]:
@@ -97,6 +101,8 @@ class LiveRequest:
             grammar.accept(token_id)
             if grammar.is_finished:
                 self.sequence.finish_reason = FinishReason.STOP
+        except RequestError:  # the caller asked for what cannot be done
+            raise
         except Exception as error:
             logger.error("The grammar of request %s failed: %s", self.request_id, type(error).__name__)
             raise GenerationFailed(GRAMMAR_FAILED) from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serve.engine.live import GRAMMAR_FAILED
 from serve.engine.scheduler import Sequence
-from serve.errors import GenerationFailed, ServeError
+from serve.errors import GenerationFailed, RequestError, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,9 @@ class LogitChanges:
                 continue
             try:
                 allowed = _allowed(sequence, num_bytes)
+            except RequestError as error:  # the caller asked for what cannot be done
+                self.errors[row] = error
+                continue
             except Exception as error:
                 logger.error("The grammar of request %s failed: %s", sequence.request.request_id, type(error).__name__)
                 self.errors[row] = GenerationFailed(GRAMMAR_FAILED)

@@ -278,7 +278,7 @@ class StepEngine:
         request_id = sequence.request.request_id
         try:
             event = self._live[request_id].event(token_id, output.logprobs.get(row))
-        except GenerationFailed as error:
+        except ServeError as error:
             return self._end_with(sequence, error)
         if sequence.finish_reason is not None:
             del self._live[request_id]

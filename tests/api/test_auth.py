@@ -12,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import support
-from support import chat, openai_error, running, serving
+from support import chat, message_error, openai_error, running, serving
 
 from serve.api.auth import KeyRing
 
@@ -37,25 +37,44 @@ def routes(found: Any) -> Iterator[tuple[str, set[str]]]:
     """Path and methods of every route, those of included routers too."""
     for route in found.routes:
         if hasattr(route, "path"):
-            yield route.path, set(getattr(route, "methods", None) or {"GET"})
+            is_socket = type(route).__name__.endswith("WebSocketRoute")
+            yield route.path, {"WEBSOCKET"} if is_socket else set(getattr(route, "methods", None) or {"GET"})
         if inner := getattr(route, "original_router", None):
             yield from routes(inner)
+
+
+def handshake_status(served: support.Served, path: str, headers: str = "") -> int:
+    """What a WebSocket's handshake gets."""
+    handshake = (
+        f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+        client.sendall(handshake.encode())
+        return int(client.makefile("rb").readline().split()[1])
 
 
 def test_auth_closes_every_route_but_the_open_ones(locked: support.Served, client: httpx.Client) -> None:
     """Case 50."""
     known = dict(routes(locked.app))
     assert set(known) >= {"/v1/chat/completions", "/v1/models", "/docs", "/openapi.json", "/version", *OPEN}
+    assert set(known) >= {"/v1/messages", "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/input_tokens"}
+    assert known["/v1/realtime/chat"] == {"WEBSOCKET"}
 
     for path, methods in known.items():
         for method in methods:
+            if method == "WEBSOCKET":
+                assert handshake_status(locked, path) == 401, path
+                continue
             response = client.request(method, re.sub(r"{.*?}", "x", path))
             if path in OPEN:
                 assert response.status_code == 200, path
             else:
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"]
-                if method != "HEAD":
+                if method != "HEAD" and path.startswith("/v1/messages"):
+                    assert message_error(response)["type"] == "authentication_error"
+                elif method != "HEAD":
                     openai_error(response.json())
 
 
@@ -133,15 +152,10 @@ def test_auth_never_takes_basic_elsewhere(client: httpx.Client, path: str) -> No
     assert client.post("/v1/chat/completions", json=chat("a"), auth=("anyone", KEY)).status_code == 401
 
 
-def test_auth_refuses_a_websocket_without_a_key(locked: support.Served) -> None:
-    handshake = (
-        "GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    )
-    for key in ("", "X-API-Key: wrong\r\n"):
-        with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as client:
-            client.sendall((handshake + key + "\r\n").encode())
-            assert client.makefile("rb").readline().split()[1] in {b"401", b"403"}
+@pytest.mark.parametrize("path", ["/v1/realtime/chat", "/v1/realtime", "/health/", "/nope"])
+def test_auth_refuses_a_websocket_without_a_key(locked: support.Served, path: str) -> None:
+    for headers in ("", "X-API-Key: wrong\r\n", "Sec-WebSocket-Protocol: trimaran.key.d3Jvbmc\r\n"):
+        assert handshake_status(locked, path, headers) == 401
 
 
 def test_auth_answers_before_a_body_arrives(locked: support.Served) -> None:

@@ -23,7 +23,6 @@ class SeedRunner(EchoRunner):
     """Answers with its own seed and then with as many letters."""
 
     def step(self, batch: Batch) -> StepOutput:
-        self.steps = getattr(self, "steps", 0) + 1
         tokens: list[int | None] = []
         for sequence in batch.sampled:
             seed = sequence.request.params.seed or 0

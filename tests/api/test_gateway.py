@@ -14,7 +14,7 @@ import httpx2 as httpx
 import openai
 import pytest
 import support
-from support import Served, chat, eventually, joined, openai_error, sse_chunks, sse_data
+from support import Served, chat, eventually, joined, named_events, openai_error, sse_chunks, sse_data
 
 from serve.engine.echo import EchoEngine
 
@@ -217,6 +217,17 @@ def test_stream_that_breaks_off_ends_with_an_error_event() -> None:
         first, error, done = sse_data(client.post(COMPLETIONS, json=chat("a", stream=True)).text)
     assert json.loads(first)["choices"][0]["delta"]["content"] == "a"
     assert (openai_error(json.loads(error))["code"], done) == ("upstream_failed", "[DONE]")
+
+
+def test_message_stream_that_breaks_off_ends_as_anthropics_clients_read_it() -> None:
+    event = b'event: ping\ndata: {"type":"ping"}\n\n'
+    broken = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\n" + event
+    with scripted(broken) as url, gateway(url) as (_, client):
+        response = client.post("/v1/messages", json=chat("a", stream=True, max_tokens=9))
+    ping, error = named_events(response.text)
+    assert ping == {"type": "ping"}
+    assert (error["type"], error["request_id"]) == ("error", response.headers["request-id"])
+    assert error["error"]["type"] == "api_error"
 
 
 def test_no_more_requests_pass_than_allowed() -> None:

@@ -92,6 +92,25 @@ def test_openai_client_waits_off_a_limit() -> None:
             assert answer.choices[0].message.content == "a" * 60
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, chat("a b c")),
+        ("/v1/completions", {"model": "echo", "prompt": "a b c"}),
+        ("/v1/responses", {"model": "echo", "input": "a b c"}),
+        ("/v1/messages", {**chat("a b c"), "max_tokens": 9}),
+    ],
+)
+def test_limits_hold_on_every_route_that_generates(path: str, body: dict[str, Any]) -> None:
+    with serving(limit_tokens_per_minute=3) as served, httpx.Client(base_url=served.url) as client:
+        assert client.post(path, json=body).status_code == 200
+        refused = client.post(path, json=body)
+
+    assert (refused.status_code, refused.json()["error"]["type"] != "") == (429, True)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert ("type" in refused.json()) == (path == "/v1/messages")  # Anthropic's own shape of an error
+
+
 @pytest.mark.parametrize("limit", ["limit_tokens_per_minute", "limit_tokens_per_day"])
 def test_gateway_refuses_limits_of_tokens_that_it_cannot_count(limit: str) -> None:
     settings: dict[str, Any] = {"engine": "remote", "remote_url": "http://127.0.0.1:9", limit: 5}

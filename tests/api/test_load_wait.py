@@ -89,7 +89,7 @@ def test_load_wait_of_zero_answers_at_once() -> None:
     ("fields", "status", "code"),
     [
         ({"max_tokens": 0}, 400, None),
-        ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
+        ({"web_search_options": {}}, 400, "unsupported_parameter"),
         ({"max_tokens": 1_000_000}, 400, "context_length_exceeded"),
         ({"model": "other"}, 404, "model_not_found"),
         ({"messages": [{"role": "user", "content": ""}]}, 400, None),

@@ -124,3 +124,56 @@ def test_openai_client_raises_an_error_of_a_stream() -> None:
         stream = client.chat.completions.create(model="echo", messages=MESSAGES, stream=True)
         with pytest.raises(openai.APIError, match="not finite"):
             list(stream)
+
+
+def test_openai_client_reads_a_response(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="echo", input="héllo 👋", instructions="be brief", temperature=0)
+
+    assert made.output_text == "héllo 👋"
+    assert client.responses.retrieve(made.id).output_text == "héllo 👋"
+    assert [item.type for item in client.responses.input_items.list(made.id)] == ["message"]
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_openai_client_folds_the_stream_of_a_response(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model="echo", input="héllo 👋", stream=True))
+    with client.responses.stream(model="echo", input="héllo 👋") as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        folded = stream.get_final_response()
+
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(deltas) == folded.output_text == "héllo 👋"
+
+
+def test_openai_client_goes_on_from_a_response(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="echo", input="a")
+    second = client.responses.create(model="echo", input="b", previous_response_id=first.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="echo", input="b", previous_response_id="resp_nothing")
+
+    assert second.previous_response_id == first.id
+    assert refused.value.code == "previous_response_not_found"
+
+
+async def test_openai_client_reads_responses_asynchronously(echo: support.Served) -> None:
+    async with openai.AsyncOpenAI(base_url=echo.url + "/v1", api_key="none", max_retries=0) as client:
+        made = await client.responses.create(model="echo", input="héllo 👋", background=True)
+        while made.status == "in_progress":
+            made = await client.responses.retrieve(made.id)
+        cancelled = await client.responses.cancel(made.id)
+
+    assert (made.status, made.output_text, cancelled.status) == ("completed", "héllo 👋", "completed")
+
+
+def test_openai_client_raises_an_error_of_a_response() -> None:
+    with (
+        serving(support.scripted_engine([*b"ab", None])) as served,
+        openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        seen: list[str] = []
+        stream = client.responses.create(model="echo", input="a", stream=True)
+        with pytest.raises(openai.APIError, match="not finite"):
+            seen.extend(event.type for event in stream)
+        assert seen[-1] == "response.failed"

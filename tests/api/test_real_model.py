@@ -10,6 +10,7 @@ import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -115,3 +116,72 @@ def test_client_that_leaves_frees_its_slot(served: Served, client: httpx.Client)
         connection.close()
         eventually(lambda: served.on_loop(lambda: not served.lifecycle.is_busy))
     assert client.post(PATH, json=ask("Hi", max_tokens=2)).status_code == 200
+
+
+def test_completion_scores_a_prompt_as_transformers_does(
+    served: Served, client: httpx.Client, demo_model: Path
+) -> None:
+    """What lm-eval reads: the log-probability of each token of a continuation, and whether greedy decoding takes it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(demo_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    context, continuation = tokenizer.encode("The capital of France is"), tokenizer.encode(" Paris. It is a big city")
+    ids = context + continuation
+    body = {"model": NAME, "prompt": [ids, context], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+    choices = client.post("/v1/completions", json={**body, "seed": 1234}).json()["choices"]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    logprobs = choices[0]["logprobs"]
+    assert len(logprobs["token_logprobs"]) == len(ids) + 1
+    assert "".join(logprobs["tokens"]) == choices[0]["text"]
+    assert logprobs["token_logprobs"][0] is None
+    for at, token_id in enumerate(ids[1:], start=1):
+        assert logprobs["token_logprobs"][at] == pytest.approx(float(expected[at - 1, token_id]), abs=2e-3)
+        is_greedy = int(expected[at - 1].argmax()) == token_id
+        assert (logprobs["token_logprobs"][at] == max(logprobs["top_logprobs"][at].values())) is is_greedy
+        assert choices[0]["text"][logprobs["text_offset"][at] :].startswith(logprobs["tokens"][at])
+    chosen = int(expected[len(context) - 1].argmax())
+    assert choices[1]["logprobs"]["tokens"][-1] == tokenizer.decode([chosen])
+
+
+def test_chat_logprobs_are_the_models_own(served: Served, client: httpx.Client) -> None:
+    fields = {"logprobs": True, "top_logprobs": 5, "max_tokens": 8, "temperature": 1.3, "seed": 5}
+    greedy = client.post(PATH, json=ask("Name a colour.", **{**fields, "temperature": 0})).json()["choices"][0]
+    sampled = client.post(PATH, json=ask("Name a colour.", **fields)).json()["choices"][0]
+
+    for choice in (greedy, sampled):
+        entries = choice["logprobs"]["content"]
+        assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
+        for entry in entries:
+            tops = [top["logprob"] for top in entry["top_logprobs"]]
+            assert tops == sorted(tops, reverse=True)
+            assert entry["logprob"] <= tops[0] <= 0
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in greedy["logprobs"]["content"])
+
+
+def test_choices_of_one_seed_differ_and_come_again(served: Served, client: httpx.Client) -> None:
+    body = ask("Say something.", n=3, seed=11, max_tokens=12) | {"temperature": 1.5}
+    first, second = (client.post(PATH, json=body).json()["choices"] for _ in range(2))
+
+    texts = [choice["message"]["content"] for choice in first]
+    assert [choice["message"]["content"] for choice in second] == texts
+    assert len(set(texts)) == 3
+
+
+def test_logit_bias_and_stop_tokens_bind(served: Served, client: httpx.Client) -> None:
+    question = "What is the capital of France?"
+    plain = client.post(PATH, json=ask(question, max_tokens=8)).json()
+    tokens = client.post("/tokenize", json={"prompt": plain["choices"][0]["message"]["content"]}).json()["tokens"]
+    banned = client.post(
+        PATH, json=ask("What is the capital of France?", logit_bias={str(tokens[0]): -100}, max_tokens=8)
+    )
+    stopped = client.post(PATH, json=ask(question, stop_token_ids=[tokens[2]], max_tokens=8))
+    back = client.post("/detokenize", json={"tokens": tokens[:2]}).json()
+
+    first = client.post("/tokenize", json={"prompt": banned.json()["choices"][0]["message"]["content"]}).json()
+    assert first["tokens"][0] != tokens[0]
+    assert stopped.json()["choices"][0]["message"]["content"] == back["prompt"]
+    assert stopped.json()["choices"][0]["finish_reason"] == "stop"

@@ -29,6 +29,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/sizing.py": TORCH,
     "serve/engine/cgroup.py": TORCH | {"asyncio", "threading", "serve"},
     "serve/engine/worker.py": TORCH,
+    "serve/engine/embedder.py": TORCH | {"asyncio"},
+    "serve/engine/embedding_model.py": {"asyncio", "threading"},
+    "serve/embedding.py": TORCH | WEB | {"serve.api"},
+    "serve/embedding_recipe.py": TORCH | WEB | {"serve.api", "serve.engine"},
     "serve/engine/echo.py": TORCH | {"asyncio"},
     "serve/engine/runner.py": {"asyncio"},
     "serve/engine/loader.py": {"asyncio"},
@@ -53,7 +57,9 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/lifecycle.py": TORCH | WEB | {"serve.api"},
     "trimaran": {"deploy"},
     "deploy": {"trimaran", "serve.engine", "serve.chat"} | TORCH,
+    "deploy/modal": {"runpod", "fastapi", "uvicorn"},
     "deploy/runpod": {"modal", "uvicorn"},
+    "trimaran/emulate/modal": {"runpod"} | TORCH,
     "trimaran/emulate/runpod": {"runpod", "modal"},
 }
 # Imported at module level they would cost every start seconds; inside a function they are the point.

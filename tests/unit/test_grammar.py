@@ -15,34 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.chat import grammar
-from serve.chat.grammar import (
-    GrammarCompiler,
-    Vocabulary,
-    choice_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
+from serve.chat import constraint
+from serve.chat.constraint import GrammarCompiler, Vocabulary
+from serve.chat.grammar import choice_grammar, json_schema_grammar, lark_grammar, regex_grammar
 from serve.errors import InvalidRequest, UnsupportedParameter
 
 # Bytes, some words that cross the borders of JSON's tokens, and the end.
 WORDS = [
-    b'{"',
-    b'":',
-    b'", "',
-    b'"}',
-    b"}]",
-    b"true",
-    b"null",
-    b": ",
-    b"  ",
-    b"\n\n",
-    "é".encode(),
-    b'"a"',
-    b"[[",
-    b"1.5",
-]
+    b'{"', b'":', b'", "', b'"}', b"}]", b"true", b"null", b": ", b"  ", b"\n\n", "é".encode(), b'"a"', b"[[", b"1.5",
+]  # fmt: skip
 TOKENS = [bytes([byte]) for byte in range(256)] + WORDS + [b"<end>"]
 END = len(TOKENS) - 1
 
@@ -58,17 +39,17 @@ def compiler() -> GrammarCompiler:
 
 def walk(make: Any, rng: random.Random, max_tokens: int = 400, *, prefers_end: bool = True) -> tuple[bytes, bool]:
     """Text of a random walk, and whether it came to an end."""
-    constraint, text = make(), b""
+    machine, text = make(), b""
     for _ in range(max_tokens):
-        if constraint.is_finished:
+        if machine.is_finished:
             return text, True
-        mask = int.from_bytes(constraint.allowed(), "little")
+        mask = int.from_bytes(machine.allowed(), "little")
         allowed = [token_id for token_id in range(len(TOKENS)) if mask >> token_id & 1]
         closing = [token_id for token_id in allowed if token_id == END or TOKENS[token_id] in (b'"', b"}", b"]")]
         token_id = rng.choice(closing if closing and prefers_end and rng.random() < 0.5 else allowed)
         if token_id == END:
             return text, True
-        constraint.accept(token_id)
+        machine.accept(token_id)
         text += TOKENS[token_id]
     return text, False
 
@@ -248,9 +229,24 @@ def test_wrong_grammars_are_the_callers_error(compiler, make, value):
 
 
 def test_token_that_is_not_allowed_is_an_error(compiler):
-    constraint = compiler.compile(choice_grammar(["a"], "x"), "x")()
+    machine = compiler.compile(choice_grammar(["a"], "x"), "x")()
     with pytest.raises(ValueError, match=r"token"):
-        constraint.accept(TOKENS.index(b"b"))
+        machine.accept(TOKENS.index(b"b"))
+
+
+def follow(machine: Any, text: str) -> None:
+    for token_id in encode(text):
+        machine.allowed()
+        machine.accept(token_id)
+
+
+def test_grammar_that_becomes_too_complex_is_the_callers_error(compiler, monkeypatch):
+    monkeypatch.setitem(constraint._LIMITS, "max_items_in_row", 2000)
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(900)}}
+    machine = compiler.compile(json_schema_grammar(schema, "x"), "x")()
+    with pytest.raises(InvalidRequest, match="too complex") as caught:
+        follow(machine, '{"p1": "abc"}')
+    assert caught.value.param == "x"
 
 
 def test_compiled_grammars_are_kept_and_shared(compiler, monkeypatch):
@@ -262,7 +258,7 @@ def test_compiled_grammars_are_kept_and_shared(compiler, monkeypatch):
         return original(self, text, param)
 
     monkeypatch.setattr(GrammarCompiler, "_matcher", counting)
-    texts = [choice_grammar([f"only{number}"], "x") for number in range(grammar._KEPT + 1)]
+    texts = [choice_grammar([f"only{number}"], "x") for number in range(constraint._KEPT + 1)]
     for text in [*texts, texts[-1], texts[0]]:
         compiler.compile(text, "x")
     assert made == [*texts, texts[0]]

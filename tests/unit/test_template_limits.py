@@ -155,14 +155,20 @@ class Bytes:
     def __init__(self, chat_template: str) -> None:
         self.chat_template = chat_template
 
-    def encode(self, text):
+    def encode(self, text, *, adds_special=False):
         return list(text.encode())
 
-    def decode(self, token_ids):
+    def decode(self, token_ids, *, skips_special=True):
         return bytes(token_ids).decode()
 
     def token_id(self, token):
         return None
+
+    def vocabulary(self):
+        raise NotImplementedError
+
+    def decoder(self, kept):
+        return self.decode
 
     def token_bytes(self, token_id):
         return bytes((token_id,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from trimaran.deploy.render import render
+from trimaran.deploy.runpod import runpod
 
 
 @click.group(epilog="Example: trimaran deploy render --name chat --image docker.io/me/trimaran:cpu --dry-run")
@@ -13,3 +14,4 @@ def deploy() -> None:
 
 
 deploy.add_command(render)
+deploy.add_command(runpod)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from trimaran.emulate.modal.command import modal
 from trimaran.emulate.runpod.command import runpod
 
 
@@ -12,4 +13,5 @@ def emulate() -> None:
     """Run a platform's control plane on this machine, and the real worker or container under it."""
 
 
+emulate.add_command(modal)
 emulate.add_command(runpod)

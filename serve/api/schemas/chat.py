@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 from serve.api.schemas.sampling import SamplingFields, Usage
+from serve.api.schemas.structured import StructuredFields
+from serve.api.schemas.tools import ToolChoice, ToolList
 from serve.api.schemas.wire import Objects, Wire, at_most
 
 MAX_METADATA = 16
@@ -68,29 +70,23 @@ class Message(Wire):
     function_call: dict[str, Any] | None = None
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, StructuredFields):
     """The request body."""
 
     IGNORED: ClassVar[frozenset[str]] = frozenset(
         {
-            "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+            "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
             "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
         }
     )  # fmt: skip
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingFields.NEUTRAL,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
         "moderation": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
     }
 
@@ -103,20 +99,21 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Switches of the model's chat template, such as enable_thinking; never a template."
     )
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    tools: Objects | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20, description="Needs logprobs: true.")] = None
+    tools: ToolList | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Whether it may, must or must not; null is auto.")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
     functions: Objects | None = None
     function_call: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     modalities: Annotated[list[str], Field(max_length=8)] | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="In the words of the model's chat template; 400 where it has none for it."
+    )
     verbosity: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -127,13 +124,57 @@ class ChatCompletionRequest(SamplingFields):
     service_tier: str | None = None
 
 
+class FunctionCallOut(BaseModel):
+    """Which function the model calls; ``arguments`` is the JSON of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallOut(BaseModel):
+    """One call of the model."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCallOut
+
+
 class AssistantMessage(BaseModel):
-    """The model's answer."""
+    """The model's answer.  Calls and reasoning are absent where there are none; ``reasoning`` is another name."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
     annotations: list[Any] = Field(default_factory=list)
+    tool_calls: list[ToolCallOut] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = {"tool_calls", "reasoning_content", "reasoning"}
+        return {name: value for name, value in handler(self).items() if value is not None or name not in absent}
+
+
+class TopLogprob(BaseModel):
+    """One of the most likely tokens.  ``bytes`` are exact; ``token`` shows what is no character as U+FFFD."""
+
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class ChatLogprob(TopLogprob):
+    """A token of the content, and the most likely ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Those of a choice, or of a piece of it."""
+
+    content: list[ChatLogprob] | None
+    refusal: None = None
 
 
 class Choice(BaseModel):
@@ -141,7 +182,7 @@ class Choice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
@@ -158,15 +199,38 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class Delta(BaseModel):
-    """What a chunk adds; fields that it does not add are absent."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+class Sparse(BaseModel):
+    """Fields that say nothing are absent."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class FunctionDelta(Sparse):
+    """What is added to a call: first its name, then pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Sparse):
+    """What is added to call ``index``; only the first delta of a call has its id and type."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
+class Delta(Sparse):
+    """What a chunk adds; fields that it does not add are absent."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -174,7 +238,7 @@ class ChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
 
 

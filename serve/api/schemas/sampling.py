@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from serve.api.schemas.wire import INT64_MAX, Wire, at_most
+from serve.api.schemas.wire import INT64_MAX, RequestBody, Wire, at_most
 
 MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_LOGIT_BIAS, MAX_CHOICES = 4, 64, 1024, 128
 
@@ -24,21 +24,10 @@ class StreamOptions(Wire):
     include_obfuscation: bool | None = Field(None, description="Chunks are never padded.")
 
 
-class SamplingFields(Wire):
+class SamplingFields(RequestBody):
     """How text is generated, and how it is sent."""
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
-    """Fields without effect: they do not change what a single model on its own server answers."""
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0.0,),
-        "presence_penalty": (0.0,),
-        "repetition_penalty": (1.0,),
-        "logit_bias": ({},),
-        "min_tokens": (0,),
-        "ignore_eos": (False,),
-        "stop_token_ids": ([],),
-    }
-    """Fields that are not implemented, with the values that ask for nothing and are accepted."""
 
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -13,6 +14,15 @@ class Wire(BaseModel):
     """Types are taken literally: ``"5"`` is no number."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class RequestBody(Wire):
+    """A body whose every field is done, ignored by design, or refused by name unless its value asks for nothing."""
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+    """Fields without effect: they do not change what a single model on its own server answers."""
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields that are not implemented, with the values that ask for nothing and are accepted."""
 
 
 def at_most(limit: int) -> BeforeValidator:

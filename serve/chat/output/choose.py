@@ -60,6 +60,11 @@ class OutputFormat:
         """The family's parser; of models without one only the reasoning is read."""
         return PARSERS[self.family] if self.family else OutputParser
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """The texts that the parser looks for; a special token among them must not be dropped."""
+        return frozenset(self.parser_class.all_marks()) if self.family or self.thinks else frozenset()
+
     def parser(self, prompt_end: str, tools: Tools, *, reads_calls: bool) -> OutputParser | None:
         """A parser for one answer; None where its text is nothing but content.
 

@@ -24,6 +24,7 @@ class DeepSeekParser(OutputParser):
     """The section's opener tells the formats apart."""
 
     openers = (_SECTION, _BEGIN, _DSML)
+    marks = (_SEP, _END, _SECTION_END, "｜DSML｜")  # noqa: RUF001
 
     def _read_call(self, marker: str) -> Reading[Sequence[Call] | None]:
         if marker == _DSML:

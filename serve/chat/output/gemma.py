@@ -24,6 +24,7 @@ class GemmaParser(OutputParser):
     """Reasoning is a channel of its own."""
 
     openers = ("<|tool_call>",)
+    marks = (_QUOTE, _CLOSE, "<|channel>")
     think_openers = ("<|channel>thought",)
     think_closers = ("<channel|>",)
 

@@ -21,6 +21,7 @@ class HarmonyParser(OutputParser):
     """The prompt ends in the middle of the first header."""
 
     always = True
+    marks = (_START, _MESSAGE, _CHANNEL, "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
 
     @classmethod
     def opens_reasoning(cls, prompt: str) -> bool:

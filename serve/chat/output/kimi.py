@@ -20,6 +20,7 @@ class KimiParser(OutputParser):
     """The model's ids are kept: its template shows them to it again."""
 
     openers = (_SECTION,)
+    marks = (_SECTION_END, _BEGIN, _ARGUMENTS, _END)
 
     def _read_call(self, marker: str) -> Reading[Sequence[Call] | None]:
         del marker  # there is only one

@@ -24,6 +24,7 @@ class KimiXtmlParser(OutputParser):
 
     think_openers = ("<|open|>think<|sep|>",)
     always = True
+    marks = (_OPEN, _CLOSE, _SEP)
 
     def _read(self) -> Reading[None]:
         reader = self.reader

@@ -22,6 +22,7 @@ class LlamaParser(OutputParser):
     """Without a mark, an answer is read as calls from its beginning or not at all."""
 
     openers = _STARTS
+    marks = (_END,)
 
     def _read(self) -> Reading[None]:
         reader = self.reader

@@ -26,6 +26,7 @@ class MistralParser(OutputParser):
     """The end of a call is the end of its JSON."""
 
     openers = ("[TOOL_CALLS]",)
+    marks = ("[ARGS]", "[CALL_ID]")
     think_openers = ("[THINK]", "<think>")
     think_closers = ("[/THINK]", "</think>")
     call_ends_reasoning = False

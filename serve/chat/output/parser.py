@@ -58,6 +58,14 @@ class OutputParser:
         self._content = _Lines()
         self._reading: Reading[None] | None = self._read()
 
+    marks: Sequence[str] = ()
+    """What else its parser looks for."""
+
+    @classmethod
+    def all_marks(cls) -> Sequence[str]:
+        """Every text that it looks for."""
+        return (*cls.openers, *cls.think_openers, *cls.think_closers, *cls.marks)
+
     @classmethod
     def opens_reasoning(cls, prompt: str) -> bool:
         """Whether a prompt that ends like this leaves its reasoning open."""
@@ -86,6 +94,7 @@ class OutputParser:
 
     def _read(self) -> Reading[None]:
         if self.is_reasoning:
+            yield from self.reader.one_of(self._think_openers)  # a model may open it once more
             yield from self._reason()
         markers = Markers(*self._calls_openers, *self._think_openers)
         while True:

@@ -136,44 +136,48 @@ class Reader:
             is_python: It may be Python's spelling too, with its two kinds of quotes.
         """
         pieces: list[str] = []
-        return "".join(pieces) if (yield from self._json_into(pieces, opened, is_python)) else None
+        return "".join(pieces) if (yield from self._json_into(pieces.append, opened, is_python=is_python)) else None
+
+    def json_through(self, sink: Sink) -> Reading[bool]:
+        """Give a JSON object or array to ``sink`` piece by piece; False: it does not end."""
+        return (yield from self._json_into(sink, "", is_python=False))
 
     def json_until(self, markers: Markers) -> Reading[tuple[str, str | None]]:
         """:meth:`text_until`, where markers inside the JSON that the text may begin with do not count."""
         pieces: list[str] = []
         yield from self.space()
-        yield from self._json_into(pieces, "", is_python=False)
+        yield from self._json_into(pieces.append, "", is_python=False)
         marker = yield from self.until(markers, pieces.append)
         return "".join(pieces), marker
 
-    def _json_into(self, pieces: list[str], opened: str, is_python: bool) -> Reading[bool]:
+    def _json_into(self, sink: Sink, opened: str, *, is_python: bool) -> Reading[bool]:
         structure = _PYTHON_STRUCTURE if is_python else _STRUCTURE
         opened = opened or (yield from self.one_of("{[")) or ""
-        pieces.append(opened)
+        sink(opened)
         depth = len(opened)
         while depth:
             if (found := structure.search(self._text)) is None:
-                pieces.append(self.take(len(self._text)))
+                sink(self.take(len(self._text)))
                 if not (yield from self.more()):
                     return False
                 continue
-            pieces.append(self.take(found.end()))
+            sink(self.take(found.end()))
             if found[0] in _STRING_END:
-                if not (yield from self._rest_of_string(pieces, found[0])):
+                if not (yield from self._rest_of_string(sink, found[0])):
                     return False
             else:
                 depth += 1 if found[0] in "{[(" else -1
         return bool(opened)
 
-    def _rest_of_string(self, pieces: list[str], quote: str) -> Reading[bool]:
+    def _rest_of_string(self, sink: Sink, quote: str) -> Reading[bool]:
         while True:
             found = _STRING_END[quote].search(self._text)
             if found and found[0] == quote:
-                pieces.append(self.take(found.end()))
+                sink(self.take(found.end()))
                 return True
             if found and len(self._text) > found.end():
-                pieces.append(self.take(found.end() + 1))  # the escaped character too
+                sink(self.take(found.end() + 1))  # the escaped character too
                 continue
-            pieces.append(self.take(found.start() if found else len(self._text)))
+            sink(self.take(found.start() if found else len(self._text)))
             if not (yield from self.more()):
                 return False

@@ -22,6 +22,7 @@ class TaggedParser(OutputParser):
     """The first character after the tag tells the families apart."""
 
     openers = ("<tool_call>", _FUNCTION)
+    marks = (_CLOSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</function>", "</parameter>")
 
     def _read_call(self, marker: str) -> Reading[Sequence[Call] | None]:
         reader = self.reader

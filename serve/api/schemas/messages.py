@@ -1,0 +1,177 @@
+"""The wire of ``POST /v1/messages`` and ``POST /v1/messages/count_tokens``: what a request holds.
+
+Source: Anthropic's OpenAPI document, as of its Python client 2.14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from serve.api.schemas.wire import RequestBody, Wire
+
+MAX_STOP_SEQUENCES, MAX_TOOLS = 64, 256
+
+CacheControl = Annotated[dict[str, Any] | None, Field(description="A hint for a cache that is bought; has no effect.")]
+
+
+class TextBlock(Wire):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl = None
+    citations: list[Any] | None = None
+
+
+class ToolUseBlock(Wire):
+    """A call that the assistant made."""
+
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    input: dict[str, Any]
+    cache_control: CacheControl = None
+
+
+class ThinkingBlock(Wire):
+    """An assistant's earlier thoughts."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Wire):
+    """Thoughts that only Anthropic could read: left out of the prompt."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class OtherBlock(Wire):
+    """Any other block: refused by name after validation."""
+
+    type: Literal[
+        "image", "document", "search_result", "container_upload", "server_tool_use", "web_search_tool_result",
+        "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result",
+        "text_editor_code_execution_tool_result", "tool_search_tool_result", "tool_reference", "mcp_tool_use",
+        "mcp_tool_result", "compaction",
+    ]  # fmt: skip
+
+
+ResultPart = Annotated[TextBlock | OtherBlock, Field(discriminator="type")]
+
+
+class ToolResultBlock(Wire):
+    """What a call returned.  ``is_error`` is not passed on: the content says it."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(min_length=1)]
+    content: str | Annotated[list[ResultPart], Field(fail_fast=True)] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl = None
+
+
+Block = Annotated[
+    TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock | OtherBlock,
+    Field(discriminator="type"),
+]
+
+
+class InputMessage(Wire):
+    """One message of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | Annotated[list[Block], Field(fail_fast=True)]
+
+
+class Tool(Wire):
+    """A function that the model may call.  Anthropic's own tools have another ``type`` and are refused by name."""
+
+    type: str | None = None
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    cache_control: CacheControl = None
+
+
+class ToolChoice(Wire):
+    """Whether the model may, must or must not call."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Wire):
+    """Whether the model thinks before it answers; ``budget_tokens`` chooses an effort, it is no limit."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int | None, Field(ge=1024)] = None
+    display: str | None = None
+
+
+class OutputFormat(Wire):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Wire):
+    """How hard the model tries, and the form of its answer."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class Metadata(Wire):
+    """Has no effect."""
+
+    user_id: Annotated[str | None, Field(max_length=512)] = None
+
+
+class CountTokensRequest(RequestBody):
+    """A conversation whose tokens are counted, and the part of a request that the prompt is made of."""
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {"cache_control", "context_management", "inference_geo", "metadata", "service_tier"}
+    )
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "container": (),
+        "mcp_servers": ([],),
+        "output_format": (),
+    }
+
+    model: str
+    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
+    system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl = None
+    container: str | dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = Field(None, description="Nothing is cleared: what is sent is read.")
+    mcp_servers: Annotated[list[dict[str, Any]] | None, Field(fail_fast=True)] = None
+    output_format: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountTokensRequest):
+    """The request body."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    inference_geo: str | None = None
+    stop_sequences: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)
+    ] = None
+    stream: bool | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=1, description="0 is greedy.")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=0, le=2**31, description="0 keeps the whole vocabulary.")] = None

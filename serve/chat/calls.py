@@ -1,0 +1,76 @@
+"""Calls that the request demands: a grammar that leaves the model no choice, and the parser of what it allows.
+
+All families write them alike here, since the text is never shown to anybody.  The arguments stream as they come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from serve.chat.grammar import json_schema_grammar, named
+from serve.chat.output.parser import OutputParser
+from serve.chat.output.parts import CallDelta, Part
+from serve.chat.output.reader import Markers, Reading
+
+MAX_CALLS = 8
+"""In one answer: a weak model would go on calling."""
+
+_OPEN, _MIDDLE, _CLOSE = '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_END_OF_NAME, _NEXT = Markers(_MIDDLE), Markers(_OPEN)
+
+
+def arguments_grammar(function: Mapping[str, Any], param: str) -> str:
+    """The grammar of one function's arguments.
+
+    Without ``strict``, keywords that cannot be enforced are left out of account.
+
+    Raises:
+        InvalidRequest: the schema is wrong.
+    """
+    parameters = function.get("parameters")
+    schema = _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+    return json_schema_grammar(schema, f"{param}.parameters", is_lenient=not function.get("strict"))
+
+
+def calls_grammar(arguments: Mapping[str, str], *, is_single: bool) -> str:
+    """The grammar of one call, or of several.
+
+    Args:
+        arguments: By the function's name, the grammar of its arguments.
+        is_single: Exactly one call.
+    """
+    parts = {f"arguments{index}": text for index, text in enumerate(arguments.values())}
+    calls = [json.dumps(f"{name}{_MIDDLE}") + f" @arguments{index}" for index, name in enumerate(arguments)]
+    more = "" if is_single else f' ("\\n" call){{0,{MAX_CALLS - 1}}}'
+    lark = f"start: call{more}\ncall: {json.dumps(_OPEN)} ({' | '.join(calls)}) {json.dumps(_CLOSE)}\n"
+    return named(lark, parts)
+
+
+class DemandedCallsParser(OutputParser):
+    """Reads what :func:`calls_grammar` allows; any other text is content, whatever marks it holds."""
+
+    def _read(self) -> Reading[None]:
+        reader = self.reader
+        if self.is_reasoning or (self._think_openers and (yield from reader.one_of(tuple(self._think_openers)))):
+            yield from self._reason()
+        if not (self.reads_calls and (yield from reader.one_of((_OPEN,)))):
+            yield from reader.until(Markers(), self.say)
+            return
+        while True:
+            name, marker = yield from reader.text_until(_END_OF_NAME)
+            if marker is None:
+                return
+            index = self.num_calls
+            self.num_calls += 1
+            self._parts.append(Part(call=CallDelta(index, "", self.new_id(), name)))
+            yield from reader.json_through(lambda text, index=index: self._add_arguments(index, text))
+            _, marker = yield from reader.text_until(_NEXT)
+            if marker is None:
+                return
+
+    def _add_arguments(self, index: int, text: str) -> None:
+        if text:
+            self._parts.append(Part(call=CallDelta(index, text)))

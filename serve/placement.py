@@ -1,0 +1,162 @@
+"""Where a model's files will lie on a volume that a platform mounts into its containers.
+
+For those who deploy: plans on their machine, without torch, what is uploaded, what is brought from the Hub, and what
+the container is told.  Every folder is named by its commit or its contents, so that a deployed version keeps its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve import checkpoint, weights
+from serve.errors import HubUnreachable
+from serve.settings import EngineName, Settings
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+UNKNOWN_BYTES = 20_000_000_000
+"""Taken for a model that nothing is known of: too much rather than too little."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One folder on the volume: files of a local ``folder``, or else of ``model`` at the Hub.
+
+    ``names`` are files or patterns.  ``base`` is the base model's target, for a LoRA adapter.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    folder: Path | None = None
+    model: str = ""
+    revision: str | None = None
+    base: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All parts, an adapter's base first, and the variables that make a container serve from them."""
+
+    parts: tuple[Part, ...] = ()
+    variables: dict[str, str]
+    num_bytes: int = 0
+    is_certain: bool = True
+    """Whether ``num_bytes`` is known, not guessed."""
+    is_quantized: bool = False
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether peft is needed."""
+        return any(part.base for part in self.parts)
+
+    def environment(self, settings: Settings, template: str) -> tuple[dict[str, str], dict[str, str]]:
+        """A container's variables, the public ones and the secret ones.
+
+        Args:
+            settings: As given on the machine that deploys.
+            template: Where the container will find the operator's chat template.
+        """
+        from huggingface_hub import get_token  # noqa: PLC0415
+
+        public, secret = settings.environment()
+        if token := get_token():
+            secret["HF_TOKEN"] = token
+        if settings.chat_template is not None:
+            public["SERVE_CHAT_TEMPLATE"] = template
+        if self.parts:
+            public.pop("SERVE_MODEL_REVISION", None)  # the folder is the revision
+        return public | self.variables, secret
+
+
+def place(settings: Settings, mount: str) -> Placement:
+    """Find the model, verify what is local, and plan its folders below ``mount``.
+
+    Raises:
+        ServeError: the model cannot be served; with the remedy.  An unreachable Hub is only logged: then the size is
+            guessed from the name, and the revision is what the Hub has when the files are brought.
+    """
+    if settings.engine is not EngineName.TRANSFORMERS:
+        return Placement(variables={})
+    weights.check_name(settings.model)
+    try:
+        source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
+    except HubUnreachable as error:
+        logger.warning("%s The revision is not pinned, and the size is guessed.", error.message)
+        part = _hub_part(mount, settings.model, settings.model_revision, (*weights.SERVED_FILES, "*.py"))
+        return _placement(settings, (part,), _guess(settings.model), is_certain=False)
+    checkpoint.check_architecture(source.config, settings.trust_remote_code)
+    parts: list[Part] = []
+    for one in (source, source.adapter_source):
+        if one is not None:
+            base = parts[-1].target if parts else ""
+            parts.append(_part(mount, one, weights.needed_files(one, settings.trust_remote_code), base))
+    is_quantized = checkpoint.is_quantized(source.config)
+    return _placement(settings, tuple(parts), source.num_bytes, is_quantized=is_quantized)
+
+
+@contextmanager
+def staged(part: Part) -> Generator[Path]:
+    """A folder of links to exactly the files of a local part, ready to be uploaded."""
+    if part.folder is None:
+        raise ValueError(f"{part.model} comes from the Hub")
+    with tempfile.TemporaryDirectory(prefix="trimaran-upload-") as name:
+        for file in part.names:
+            Path(name, file).symlink_to((part.folder / file).resolve())
+        if part.base:
+            adapter = Path(name, ADAPTER_CONFIG)
+            config = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": part.base}
+            adapter.unlink()
+            adapter.write_text(json.dumps(config), encoding="utf-8")
+        yield Path(name)
+
+
+def _placement(
+    settings: Settings, parts: tuple[Part, ...], num_bytes: int, *, is_certain: bool = True, is_quantized: bool = False
+) -> Placement:
+    return Placement(
+        parts=parts,
+        variables={"SERVE_MODEL": parts[-1].target, "SERVE_MODEL_NAME": settings.served_name, "HF_HUB_OFFLINE": "1"},
+        num_bytes=num_bytes,
+        is_certain=is_certain,
+        is_quantized=is_quantized,
+    )
+
+
+def _part(mount: str, source: weights.ModelSource, names: tuple[str, ...], base: str) -> Part:
+    if source.origin != "local":
+        return _hub_part(mount, source.model, source.revision, names, base)
+    weights.fetch_weights(source)  # verifies them
+    # The base counts too: its address is written into the adapter's files.
+    target = f"{mount}/{source.folder.resolve().name}-{_digest(source.folder, names, base)}"
+    return Part(target=target, names=names, folder=source.folder, base=base)
+
+
+def _hub_part(mount: str, model: str, revision: str | None, names: tuple[str, ...], base: str = "") -> Part:
+    version = (revision or "default").replace("/", "--")
+    if base:
+        version += "-on-" + hashlib.sha256(base.encode()).hexdigest()[:12]
+    target = f"{mount}/{model.replace('/', '--')}/{version}"
+    return Part(target=target, names=names, model=model, revision=revision, base=base)
+
+
+def _digest(folder: Path, names: tuple[str, ...], base: str) -> str:
+    total = hashlib.sha256(base.encode())
+    for name in names:
+        with (folder / name).open("rb") as file:
+            total.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+def _guess(model: str) -> int:
+    """Bytes of weights, at two for each of the parameters that the name speaks of."""
+    found = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model.lower())
+    return int(float(found[1]) * {"b": 2e9, "m": 2e6}[found[2]]) if found else UNKNOWN_BYTES
