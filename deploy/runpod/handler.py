@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # beside this file, however it w
 from asgi_bridge import AppRequest, AppThread
 from job_input import parse
 from job_output import failure, pieces
+from model_cache import choose
 from runpod_settings import Mode, RunpodSettings, load_runpod_settings
 
 from serve.__main__ import leave
 from serve.errors import ConfigError, EngineDead, GenerationFailed, ServeError
-from serve.settings import Settings, load_settings, unknown_variables
+from serve.observe import configure_logging
+from serve.settings import LogFormat, Settings, load_settings, unknown_variables
 
 logger = logging.getLogger("serve.runpod")
 
@@ -47,6 +49,8 @@ def main() -> int:
     """Run the worker; return its exit status."""
     try:
         own = load_runpod_settings()
+        configure_logging(LogFormat.AUTO, "info")  # until the settings are known
+        choose(os.environ, own.volume)
         if own.resolved_mode() is Mode.HTTP:
             from serve.__main__ import main as serve_main  # noqa: PLC0415
 
@@ -64,7 +68,6 @@ def serve_queue(settings: Settings, own: RunpodSettings) -> int:
     from serve.api.app import create_app  # noqa: PLC0415
     from serve.api.auth import TRUSTED_CALLER  # noqa: PLC0415
     from serve.lifecycle import Lifecycle  # noqa: PLC0415
-    from serve.observe import configure_logging  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
     for warning in unknown_variables(os.environ):

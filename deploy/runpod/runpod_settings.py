@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,6 +31,9 @@ class RunpodSettings(BaseSettings):
     mode: Mode = Field(
         default=Mode.AUTO,
         description="queue (jobs), http (load balancing), or auto: queue where RunPod gives the worker one, else http.",
+    )
+    volume: Path = Field(
+        default=Path("/runpod-volume"), description="Where RunPod mounts its model cache or a network volume."
     )
     delivery_timeout_s: float = Field(
         default=120.0,

@@ -70,6 +70,15 @@ def test_native_prompt_with_a_chat_template_is_a_message(runpod: LocalRunpod):
     assert job["output"][0]["text"] == TEXT
 
 
+def test_native_prompt_is_completed_as_it_is(runpod: LocalRunpod):
+    job = runpod.runsync({"prompt": TEXT, "sampling_params": {"max_tokens": 500}})
+    assert job["output"][0]["text"] == TEXT
+    pieces, _ = runpod.stream(runpod.run({"prompt": TEXT, "stream": True, "sampling_params": {"max_tokens": 500}}))
+    assert "".join(piece["text"] for piece in pieces) == TEXT
+    plain = runpod.runsync({"model": "echo", "prompt": TEXT, "max_tokens": 500})
+    assert plain["output"][0]["object"] == "text_completion"
+
+
 def test_native_stream_has_numbered_chunks(runpod: LocalRunpod):
     pieces, _ = runpod.stream(runpod.run({"messages": chat(TEXT * 20)["messages"], "stream": True}))
     assert [piece["seq"] for piece in pieces] == list(range(len(pieces)))

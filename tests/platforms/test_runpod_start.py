@@ -12,8 +12,10 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from runpod_local import ROOT, LocalRunpod, local_runpod, openai_input, worker_process
+from runpod_local import ROOT, SLOW, LocalRunpod, local_runpod, openai_input, worker_process
 from support import chat, eventually, joined, sse_chunks
+
+from trimaran.demo_model import default_cache
 
 HTTP = {"SERVE_ENGINE": "echo", "SERVE_PORT": "0", "SERVE_LOG_FORMAT": "text", "PYTHONPATH": str(ROOT)}
 LOADING = "from serve.engine.echo import EchoEngine\nEchoEngine.__init__.__kwdefaults__['load_s'] = 1.5"
@@ -98,6 +100,43 @@ def test_the_plain_scaler_of_an_untested_sdk_works_too():
         assert joined(sse_chunks("".join(pieces))) == "héllo 🎉"
         job = local.result(local.run({"nothing": 1}))
         assert json.loads(job["error"])["status"] == 400
+
+
+@pytest.fixture(scope="session")
+def sdk2() -> Path:
+    """The newest 2.x pre-release of the SDK in a folder of its own, brought from PyPI once."""
+    folder = default_cache() / "runpod-2.0.0rc2"
+    if not (folder / "done").exists():
+        wanted = ["runpod==2.0.0rc2", "cloudpickle", "pathspec", "psutil"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--upgrade",
+        ]
+        subprocess.run([*pip, "--target", str(folder), *wanted], check=True, timeout=50)
+        (folder / "done").touch()
+    return folder
+
+
+def test_the_pre_release_of_the_next_sdk_runs_the_worker(sdk2: Path):
+    step = SLOW.format(step_s=0.02)
+    with local_runpod(long_poll_s=20.0) as local, local.worker("w", step, PYTHONPATH=f"{sdk2}:{ROOT}") as worker:
+        assert "Version 2.0.0rc2" in worker.log
+        assert "was not tested" not in worker.log
+        pieces, last = local.stream(local.run(openai_input("héllo 🎉", stream=True)))
+        assert last["status"] == "COMPLETED"
+        assert joined(sse_chunks("".join(pieces))) == "héllo 🎉"
+        job = local.run(openai_input("x" * 2000, stream=True))
+        eventually(lambda: local.num_chunks(job) > 1)
+        local.post(f"/cancel/{job}")
+        eventually(lambda: worker.logged(job).get("finish_reason") == "abort", 3)
+        worker.process.terminate()  # idle, under a poll of 20 s
+        assert worker.exit_status(5) == 0
 
 
 RUNPODS_OWN_CLIENT = """
