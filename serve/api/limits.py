@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,14 +41,14 @@ class Limits:
                     headers[name] = value
             await send(message)
 
-        with contextlib.ExitStack() as admitted:
-            try:
-                admitted.enter_context(within_limits(self._limiter, record))
-            except RateLimited as error:
-                record.error_code = error.code
-                await error_response(error, scope)(scope, receive, send_with_limits)
-                return
-            await self._app(scope, receive, send_with_limits)
+        try:
+            admission = Admission(self._limiter, record)
+        except RateLimited as error:
+            record.error_code = error.code
+            await error_response(error, scope)(scope, receive, send_with_limits)
+            return
+        with admission:
+            await self._app({**scope, "trimaran.admission": admission}, receive, send_with_limits)
 
     def _headers(self, caller: str) -> dict[str, str]:
         headers: dict[str, str] = {}
@@ -60,19 +59,32 @@ class Limits:
         return headers
 
 
-@contextlib.contextmanager
-def within_limits(limiter: Limiter, record: RequestRecord) -> Generator[None]:
-    """Count what ``record`` tells of against its caller's allowance, its tokens when it ends.
+class Admission:
+    """What ``record`` tells of is counted against its caller's allowance, its tokens when the context ends.
 
     Raises:
         RateLimited: the allowance is used up; nothing was counted.
     """
-    caller = record.caller or ""
-    limiter.admit(caller)
-    try:
-        yield
-    finally:
-        limiter.release(caller, (record.prompt_tokens or 0) + record.completion_tokens)
+
+    def __init__(self, limiter: Limiter, record: RequestRecord) -> None:
+        self._limiter = limiter
+        self._record: RequestRecord | None = record
+        limiter.admit(record.caller or "")
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        if (record := self._record) is not None:
+            self._release(record)
+
+    def outlive(self) -> Callable[[RequestRecord], None]:
+        """Keep the place when the context has ended, until the returned function is called with the final record."""
+        self._record = None
+        return self._release
+
+    def _release(self, record: RequestRecord) -> None:
+        self._limiter.release(record.caller or "", (record.prompt_tokens or 0) + record.completion_tokens)
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ from serve.api.chat_shape import ChatShape
 from serve.api.errors import error_body, show, status_of
 from serve.api.fields import check_fields, validated
 from serve.api.heading import Heading
-from serve.api.limits import within_limits
+from serve.api.limits import Admission
 from serve.api.middleware import CLIENT_CLOSED, new_request_id
 from serve.api.models import check_model
 from serve.api.routing import parse_json
@@ -134,7 +134,7 @@ class _Connection:
             endpoint=self._record.route,
         )
         try:
-            with within_limits(self._socket.app.state.limiter, record):
+            with Admission(self._socket.app.state.limiter, record):
                 await self._generate(message, record)
             record.status = 200
         except ServeError as error:

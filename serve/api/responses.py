@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
+from serve.api.limits import Admission
 from serve.api.middleware import CLIENT_CLOSED
 from serve.api.models import check_model
 from serve.api.response_items import page
@@ -72,7 +74,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     turn = ResponseTurn(body, params, settings.served_name, store, _caller(request), previous)
     answer = ResponseAnswer(turn.begun, reader, turn.keep)
     if body.background:
-        turn.run_in_background(answer, choices, record, request.scope["trimaran.end"])
+        turn.run_in_background(answer, choices, record, _background_end(request))
         return _json(answer.body(), headers)
     if body.stream:
         frames = event_frames(choices, ResponseShape(answer), settings.keep_alive_s, request.app.state.pace)
@@ -176,6 +178,19 @@ async def list_input_items(
     del include
     found = _store(request).get(_caller(request), response_id)
     return page(found.input_items, after, limit, order)
+
+
+def _background_end(request: Request) -> Callable[[RequestRecord], None]:
+    """What is called with the final record; until then the caller's allowance counts the request as running."""
+    admission: Admission | None = request.scope.get("trimaran.admission")
+    release = admission.outlive() if admission else None
+
+    def end(record: RequestRecord) -> None:
+        request.scope["trimaran.end"](record)
+        if release is not None:
+            release(record)
+
+    return end
 
 
 def _store(request: Request) -> ResponseStore:

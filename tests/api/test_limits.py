@@ -11,6 +11,7 @@ import pytest
 from support import chat, eventually, openai_error, serving
 
 from serve.api.app import create_app
+from serve.engine.echo import EchoEngine
 from serve.errors import ConfigError
 from serve.limits import Limiter
 from serve.settings import Settings
@@ -64,7 +65,6 @@ def test_limits_leave_reading_and_health_alone() -> None:
 
 
 def test_limits_bound_what_one_caller_runs_at_once() -> None:
-    from serve.engine.echo import EchoEngine
 
     with serving(EchoEngine(step_s=0.05), limit_concurrency=1) as served:
         statuses: list[int] = []
@@ -109,6 +109,23 @@ def test_limits_hold_on_every_route_that_generates(path: str, body: dict[str, An
     assert (refused.status_code, refused.json()["error"]["type"] != "") == (429, True)
     assert int(refused.headers["retry-after"]) >= 1
     assert ("type" in refused.json()) == (path == "/v1/messages")  # Anthropic's own shape of an error
+
+
+def test_limits_count_a_response_in_the_background_until_it_ends() -> None:
+    """Its own request has long ended; its place and its tokens are the caller's all the same."""
+    body = {"model": "echo", "input": " ".join("abcdefgh"), "background": True}
+    with (
+        serving(EchoEngine(step_s=0.05), limit_concurrency=1, limit_tokens_per_minute=9) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        begun = client.post("/v1/responses", json=body)
+        while_running = client.post("/v1/responses", json=body)
+        eventually(lambda: client.get(f"/v1/responses/{begun.json()['id']}").json()["status"] == "completed")
+        afterwards = client.post("/v1/responses", json=body)
+
+    assert (begun.json()["status"], while_running.status_code, afterwards.status_code) == ("in_progress", 429, 429)
+    assert "running" in while_running.json()["error"]["message"]
+    assert "tokens per minute" in afterwards.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("limit", ["limit_tokens_per_minute", "limit_tokens_per_day"])
