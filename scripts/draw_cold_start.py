@@ -88,10 +88,11 @@ def picture(rows: list[tuple[str, str, dict[str, float]]]) -> str:
             x += width
         total = sum(seconds for name, seconds in phases.items() if name in COLOURS)
         parts.append(f'<text x="{x + 8:.1f}" y="{y + 22}" font-size="14" fill="#0f172a">{total:.1f} s</text>')
-    for index, (name, colour) in enumerate(COLOURS.items()):
-        x = 20 + index * 128
-        parts.append(f'<rect x="{x}" y="{height - 34}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 17}" y="{height - 23}" font-size="12" fill="#0f172a">{name}</text>')
+    x = 20.0
+    for name, colour in COLOURS.items():
+        parts.append(f'<rect x="{x:.0f}" y="{height - 34}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 17:.0f}" y="{height - 23}" font-size="12" fill="#0f172a">{name}</text>')
+        x += 42 + 7 * len(name)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

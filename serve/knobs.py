@@ -55,12 +55,12 @@ class Knobs:
             raise ConfigError(f"{self._prefix}{name}={value!r} is none of {', '.join(choices)}")
         return value
 
-    def count(self, name: str, low: int, high: int) -> int | None:
-        """A whole number within bounds; None where neither a value nor a default is."""
+    def count(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
+        """A whole number within bounds; ``default`` where neither a value nor one in the table is."""
         value = self.number(name, low, high)
         if value is not None and value != int(value):
             raise ConfigError(f"{self._prefix}{name}={self.text(name)!r} is not a whole number")
-        return None if value is None else int(value)
+        return default if value is None else int(value)
 
     def number(self, name: str, low: float, high: float) -> float | None:
         """A number within bounds; None where neither a value nor a default is."""

@@ -46,14 +46,13 @@ GB_OF_GPUS = (
     "H100:80 H100!:80 H200:141 B200:180 B200+:180 B300:270"
 )
 GPUS = {name: int(size) for name, size in (pair.split(":") for pair in GB_OF_GPUS.split())}
-PREFIX, PORT, GB, UV = "SERVE_MODAL_", 8000, 1_000_000_000, "0.9.5"
-MODELS, TEMPLATE = "/models", "/root/chat_template.jinja"
-WEB_WRITES_PER_S = 200  # each is a call through Modal's relay, about half a millisecond of CPU
+PREFIX, MODELS, TEMPLATE = "SERVE_MODAL_", "/models", "/root/chat_template.jinja"
+PORT, GB, UV, WEB_WRITES_PER_S = 8000, 1_000_000_000, "0.9.5", 200  # a write is a call of Modal's relay: 0.5 ms of CPU
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def refuse(reason: str) -> NoReturn:
-    """End the deploy.  Nothing was created."""
+    """End the deploy; nothing was created."""
     sys.exit(f"Not deployed: {reason}")
 
 
@@ -149,8 +148,8 @@ def hardware(knob: Any, gpus: list[str], num_bytes: int, snapshot: str) -> dict[
 
 def scaling(knob: Any, settings: Any, primitive: str, batch: int) -> SimpleNamespace:
     """The start of a plan: how many containers, how many requests in each, where, how long, and at which address."""
-    least, most = knob.count("MIN_CONTAINERS", 0, 1000), knob.count("MAX_CONTAINERS", 1, 1000)
-    least = least if least is not None else int(primitive == "server")
+    least = knob.count("MIN_CONTAINERS", 0, 1000, int(primitive == "server"))
+    most = knob.count("MAX_CONTAINERS", 1, 1000)
     if least > most:
         refuse(f"{PREFIX}MIN_CONTAINERS={least} exceeds {PREFIX}MAX_CONTAINERS={most}")
     if primitive == "server" and not least:
@@ -186,20 +185,20 @@ def upload(part: Any, volume: str) -> None:
     """Put a local model into the Volume with Modal's own command and its progress bar; what is there is not sent."""
     from serve.placement import staged  # noqa: PLC0415
 
-    environment = os.environ | {"MODAL_ENVIRONMENT": modal.config.config.get("environment") or ""}
+    chosen = {"MODAL_ENVIRONMENT": modal.config.config.get("environment") or "", "MODAL_PROFILE": modal.config._profile}
     with staged(part) as folder:
         put = ["volume", "put", "--force", volume, str(folder), part.target.removeprefix(MODELS)]
-        if subprocess.run([sys.executable, "-m", "modal", *put], env=environment).returncode:  # noqa: S603
+        if subprocess.run([sys.executable, "-m", "modal", *put], env=os.environ | chosen).returncode:  # noqa: S603
             refuse(f"{part.folder} could not be uploaded to the Volume {volume}; Modal's message is above")
 
 
 def build_image(plan: SimpleNamespace, volume: modal.Volume, secret: modal.Secret) -> modal.Image:
     """Pinned packages first, torch in a layer of its own; weights go to the Volume; code comes last, as a mount."""
-    locks = "".join((ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock"))
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", locks, re.MULTILINE))
+    locks = [(ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock")]
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", "".join(locks), re.MULTILINE))
     # PyPI's torch is built for CUDA 13, which Modal's driver (580) runs; the other index has the one without CUDA.
     index = None if plan.options["gpu"] else "https://download.pytorch.org/whl/cpu"
-    more = [f"peft=={pins['peft']}"] if plan.placement.has_adapter else []
+    more = ["peft==" + pins["peft"]] * plan.placement.has_adapter
     image = (
         modal.Image.debian_slim(python_version="3.12")
         .uv_pip_install(f"torch=={pins['torch']}", index_url=index, uv_version=UV)
@@ -211,9 +210,10 @@ def build_image(plan: SimpleNamespace, volume: modal.Volume, secret: modal.Secre
         if part.folder is not None:
             upload(part, plan.volume)
             continue
-        # With the Volume's id, so that another Volume is filled anew.
+        # With the Volume's id another Volume is filled anew.
         args = (volume.object_id, part.model, part.revision, list(part.names), part.target, part.base)
-        image = image.run_function(fetch, args=args, volumes={MODELS: volume}, secrets=[secret], timeout=7200)
+        machine: dict[str, Any] = {"volumes": {MODELS: volume}, "cpu": 4.0, "memory": 8192, "timeout": 7200}
+        image = image.run_function(fetch, args=args, secrets=[secret], **machine)
     image = image.add_local_dir(ROOT / "serve", "/root/serve", ignore=["**/__pycache__", "**/*.pyc"])
     return image.add_local_file(plan.template, TEMPLATE) if plan.template else image
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2 as httpx
 import pytest
 from modal_local import KEY, Deployed, client, deployed
 from support import chat, eventually, joined, openai_error, sse_chunks
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from trimaran.emulate.modal.container import Container
 from trimaran.emulate.modal.session import ask
@@ -95,6 +99,19 @@ def test_body_of_many_messages_arrives_whole(http):
     assert answer["choices"][0]["message"]["content"] == "xxxx"
 
 
+def test_websocket_answers_and_closes(served):
+    address = served.url.replace("http://", "ws://") + "/v1/realtime/chat"
+    with connect(address, additional_headers={"authorization": f"Bearer {KEY}"}, proxy=None) as socket:
+        for text in ("one turn", "another"):
+            socket.send(json.dumps(chat(text)))
+            chunks: list[dict[str, Any]] = []
+            while "type" not in (event := json.loads(socket.recv(timeout=20))):
+                chunks.append(event)
+            assert joined(chunks) == text
+    with pytest.raises(InvalidStatus):
+        connect(address, proxy=None)
+
+
 @pytest.fixture(scope="module")
 def slow() -> Iterator[tuple[Deployed, Container]]:
     """20 ms a token: long enough to be left alone."""
@@ -116,8 +133,9 @@ def test_client_that_leaves_frees_its_slot(slow):
     _, container = slow
     with client(container) as http:
         with http.stream("POST", COMPLETIONS, json=chat(LONG, stream=True)) as answer:
-            next(answer.iter_raw())
-            assert num_running(http) == 1
+            pieces = answer.iter_raw()  # kept: an iterator that is dropped closes the connection
+            next(pieces)
+            eventually(lambda: num_running(http) == 1)
         eventually(lambda: num_running(http) == 0)
 
 
