@@ -170,7 +170,7 @@ async def list_input_items(
     response_id: str,
     request: Request,
     after: Annotated[str | None, Query(description="The id of the last item that is known.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Annotated[int, Query(ge=1, le=100, description="1 to 100. Default: 20.")] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="desc begins with the last item.")] = "desc",
     include: Annotated[list[str] | None, Query(description="Has no effect.")] = None,
 ) -> ItemList:

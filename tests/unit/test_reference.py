@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from serve.api.schemas.chat import ChatCompletionRequest
+from serve.api.schemas.completions import CompletionRequest
+from serve.api.schemas.embeddings import EmbeddingRequest
+from serve.api.schemas.messages import CountTokensRequest, MessagesRequest
+from serve.api.schemas.responses import ResponsesRequest
+from serve.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from trimaran.http_reference import http_api
 from trimaran.reference import configuration, knob_configuration, platform_configuration
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +41,53 @@ def platform_page(platform: str) -> str:
 def test_configuration_page_is_current():
     page = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
     assert page == configuration(), "run scripts/reference"
+
+
+def test_http_page_is_current():
+    page = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
+    assert page == http_api(), "run scripts/reference"
+
+
+BODIES = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_http_page_gives_every_field_of_a_request_its_status(path):
+    """As the code decides it: ``check_fields`` refuses NEUTRAL ones, and nothing reads IGNORED ones."""
+    body = BODIES[path]
+    section = http_page_section(f"POST {path}")
+    given = dict(re.findall(r"^\| `([^`]+)` \| .* \| (required|supported|ignored|refused) \|", section, re.MULTILINE))
+
+    assert {name for name in given if not set(name) & set(".[")} == set(body.model_fields)
+    for name, field in body.model_fields.items():
+        refused, ignored = name in getattr(body, "NEUTRAL", {}), name in getattr(body, "IGNORED", ())
+        expected = (
+            "refused" if refused else "ignored" if ignored else "required" if field.is_required() else "supported"
+        )
+        assert given[name] == expected, name
+    assert set(getattr(body, "NEUTRAL", {})) | set(getattr(body, "IGNORED", ())) <= set(body.model_fields)
+
+
+def test_http_page_tells_what_becomes_of_inner_fields():
+    chat = http_page_section("POST /v1/chat/completions")
+    assert "| `messages[].function_call` | object | refused |" in chat
+    assert '| `messages[].content[].type` | `"text"` or `"refusal"` or `"image_url"` or' in chat
+    assert "| `stream_options.include_obfuscation` | boolean | ignored |" in chat
+    assert "| `messages[].content[].is_error` | boolean | ignored |" in http_page_section("POST /v1/messages")
+
+
+def http_page_section(heading: str) -> str:
+    return http_api().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

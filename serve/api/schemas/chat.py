@@ -35,7 +35,9 @@ class RefusalPart(Wire):
 class OtherPart(Wire):
     """Any other piece, refused by name after validation."""
 
-    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
+    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"] = Field(
+        description="Only text and refusal are read; others are refused by name."
+    )
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
@@ -59,15 +61,19 @@ class ToolCall(Wire):
 class Message(Wire):
     """One message of the conversation.  ``reasoning_content`` and ``reasoning`` are an assistant's earlier thoughts."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    function_call: dict[str, Any] | None = None
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"] = Field(
+        description="function is refused: deprecated, use tool."
+    )
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = Field(
+        None, description="Text, or parts of it; parts that are images, audio or files are refused by name."
+    )
+    name: str | None = Field(None, description="For templates that read it.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, description="The assistant's.")
+    tool_call_id: str | None = Field(None, description="Which call a message of role tool answers.")
+    refusal: str | None = Field(None, description="Read in place of an assistant's content that is null.")
+    reasoning_content: str | None = Field(None, description="For templates that read earlier thoughts.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    function_call: dict[str, Any] | None = Field(None, description="Refused: deprecated, use tool_calls.")
 
 
 class ChatCompletionRequest(SamplingFields, StructuredFields):
@@ -90,8 +96,10 @@ class ChatCompletionRequest(SamplingFields, StructuredFields):
         "verbosity": ("medium",),
     }
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    model: str = Field(description="An id that GET /v1/models lists.")
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] = Field(
+        description="The conversation, oldest message first."
+    )
     max_completion_tokens: Annotated[int | None, Field(ge=1, description="Null: all that fits.")] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Deprecated by OpenAI; max_completion_tokens wins.")] = (
         None

@@ -20,7 +20,7 @@ class CompletionRequest(SamplingFields):
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SamplingFields.NEUTRAL, "suffix": ("",)}
 
-    model: str
+    model: str = Field(description="An id that GET /v1/models lists.")
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
@@ -29,7 +29,7 @@ class CompletionRequest(SamplingFields):
     ) = Field(description="A text, token ids, or a list of either.  Control tokens in a text are control tokens.")
     max_tokens: Annotated[int | None, Field(ge=0, description=f"Default {DEFAULT_MAX_TOKENS}.")] = None
     echo: bool | None = Field(None, description="Begin the text, and the log-probabilities, with the prompt.")
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS, description="Of the likeliest tokens.")] = None
     best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES, description="Only the value of n.")] = None
     suffix: str | None = None
 

@@ -17,7 +17,7 @@ class EmbeddingRequest(Wire):
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
 
-    model: str
+    model: str = Field(description="An id that GET /v1/models lists.")
     input: (
         Annotated[str, Field(min_length=1)]
         | Annotated[

@@ -14,7 +14,7 @@ from serve.api.schemas.wire import RequestBody, Wire
 
 MAX_STOP_SEQUENCES, MAX_TOOLS = 64, 256
 
-CacheControl = Annotated[dict[str, Any] | None, Field(description="A hint for a cache that is bought; has no effect.")]
+CacheControl = Annotated[dict[str, Any] | None, Field(description="Ignored: caching needs no hint.")]
 
 
 class TextBlock(Wire):
@@ -23,7 +23,7 @@ class TextBlock(Wire):
     type: Literal["text"]
     text: str
     cache_control: CacheControl = None
-    citations: list[Any] | None = None
+    citations: list[Any] | None = Field(None, description="Ignored.")
 
 
 class ToolUseBlock(Wire):
@@ -41,14 +41,14 @@ class ThinkingBlock(Wire):
 
     type: Literal["thinking"]
     thinking: str
-    signature: str | None = None
+    signature: str | None = Field(None, description="Ignored.")
 
 
 class RedactedThinkingBlock(Wire):
     """Thoughts that only Anthropic could read: left out of the prompt."""
 
     type: Literal["redacted_thinking"]
-    data: str
+    data: str = Field(description="Ignored: left out of the prompt.")
 
 
 class OtherBlock(Wire):
@@ -59,19 +59,19 @@ class OtherBlock(Wire):
         "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result",
         "text_editor_code_execution_tool_result", "tool_search_tool_result", "tool_reference", "mcp_tool_use",
         "mcp_tool_result", "compaction",
-    ]  # fmt: skip
+    ] = Field(description="Text, tool_use, tool_result and thinking are read; others refused by name.")  # fmt: skip
 
 
 ResultPart = Annotated[TextBlock | OtherBlock, Field(discriminator="type")]
 
 
 class ToolResultBlock(Wire):
-    """What a call returned.  ``is_error`` is not passed on: the content says it."""
+    """What a call returned."""
 
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1)]
     content: str | Annotated[list[ResultPart], Field(fail_fast=True)] | None = None
-    is_error: bool | None = None
+    is_error: bool | None = Field(None, description="Ignored: the content says it.")
     cache_control: CacheControl = None
 
 
@@ -91,7 +91,7 @@ class InputMessage(Wire):
 class Tool(Wire):
     """A function that the model may call.  Anthropic's own tools have another ``type`` and are refused by name."""
 
-    type: str | None = None
+    type: str | None = Field(None, description="Only custom; Anthropic's own tools are refused by name.")
     name: Annotated[str, Field(min_length=1, max_length=128)]
     description: str | None = None
     input_schema: dict[str, Any] | None = None
@@ -111,8 +111,8 @@ class Thinking(Wire):
     """Whether the model thinks before it answers; ``budget_tokens`` chooses an effort, it is no limit."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int | None, Field(ge=1024)] = None
-    display: str | None = None
+    budget_tokens: Annotated[int | None, Field(ge=1024, description="Chooses an effort, sets no limit.")] = None
+    display: str | None = Field(None, description="Ignored.")
 
 
 class OutputFormat(Wire):
@@ -138,22 +138,26 @@ class Metadata(Wire):
 class CountTokensRequest(RequestBody):
     """A conversation whose tokens are counted, and the part of a request that the prompt is made of."""
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset(
-        {"cache_control", "context_management", "inference_geo", "metadata", "service_tier"}
-    )
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"cache_control", "context_management"})
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "container": (),
         "mcp_servers": ([],),
         "output_format": (),
     }
 
-    model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
-    system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
-    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
-    tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
-    output_config: OutputConfig | None = None
+    model: str = Field(description="An id that GET /v1/models lists.")
+    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)] = Field(
+        description="The conversation, oldest message first; the last one is not the assistant's."
+    )
+    system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = Field(
+        None, description="What goes before the conversation."
+    )
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: ToolChoice | None = Field(None, description="Default: auto.")
+    thinking: Thinking | None = Field(None, description="400 where the model's chat template cannot think.")
+    output_config: OutputConfig | None = Field(None, description="Effort, and the schema of the text.")
     cache_control: CacheControl = None
     container: str | dict[str, Any] | None = None
     context_management: dict[str, Any] | None = Field(None, description="Nothing is cleared: what is sent is read.")
@@ -164,14 +168,16 @@ class CountTokensRequest(RequestBody):
 class MessagesRequest(CountTokensRequest):
     """The request body."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    IGNORED: ClassVar[frozenset[str]] = CountTokensRequest.IGNORED | {"inference_geo", "metadata", "service_tier"}
+
+    max_tokens: Annotated[int, Field(ge=1, description="At most; or what fits, where that is less.")]
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     inference_geo: str | None = None
     stop_sequences: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)
-    ] = None
-    stream: bool | None = None
+    ] = Field(None, description="Where to end; the text holds nothing of it.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
     temperature: Annotated[float | None, Field(ge=0, le=1, description="0 is greedy.")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, description="Keep the likeliest tokens up to this sum.")] = None
     top_k: Annotated[int | None, Field(ge=0, le=2**31, description="0 keeps the whole vocabulary.")] = None

@@ -21,8 +21,8 @@ class TextPart(Wire):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: list[Any] | None = Field(default=None, description="Ignored.")
+    logprobs: list[Any] | None = Field(default=None, description="Ignored.")
 
 
 class RefusalPart(Wire):
@@ -35,7 +35,9 @@ class RefusalPart(Wire):
 class OtherPart(Wire):
     """Any other piece: refused by name after validation."""
 
-    type: Literal["input_image", "input_file", "input_audio", "input_video", "computer_screenshot"]
+    type: Literal["input_image", "input_file", "input_audio", "input_video", "computer_screenshot"] = Field(
+        description="Only texts and refusals are read; others are refused by name."
+    )
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
@@ -43,14 +45,14 @@ Parts = Annotated[list[Part], Field(fail_fast=True)]
 
 
 class MessageItem(Wire):
-    """One message.  ``id``, ``status`` and ``phase`` have no effect."""
+    """One message."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Parts
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
+    id: str | None = Field(default=None, description="Ignored, but listed.")
+    status: str | None = Field(default=None, description="Ignored.")
+    phase: str | None = Field(default=None, description="Ignored.")
 
 
 class FunctionCallItem(Wire):
@@ -60,8 +62,8 @@ class FunctionCallItem(Wire):
     call_id: Annotated[str, Field(min_length=1, max_length=64)]
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str
-    id: str | None = None
-    status: str | None = None
+    id: str | None = Field(default=None, description="Ignored, but listed.")
+    status: str | None = Field(default=None, description="Ignored.")
 
 
 class FunctionCallOutputItem(Wire):
@@ -70,8 +72,8 @@ class FunctionCallOutputItem(Wire):
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(min_length=1, max_length=64)]
     output: str | Parts
-    id: str | None = None
-    status: str | None = None
+    id: str | None = Field(default=None, description="Ignored, but listed.")
+    status: str | None = Field(default=None, description="Ignored.")
 
 
 class ReasoningText(Wire):
@@ -85,11 +87,11 @@ class ReasoningItem(Wire):
     """The model's earlier thoughts.  ``encrypted_content`` is another server's and is not read."""
 
     type: Literal["reasoning"]
-    id: str | None = None
+    id: str | None = Field(default=None, description="Ignored, but listed.")
     summary: Annotated[list[ReasoningText], Field(fail_fast=True)] = Field(default_factory=list[ReasoningText])
     content: Annotated[list[ReasoningText] | None, Field(fail_fast=True)] = None
-    encrypted_content: str | None = None
-    status: str | None = None
+    encrypted_content: str | None = Field(default=None, description="Ignored.")
+    status: str | None = Field(default=None, description="Ignored.")
 
 
 class ItemReference(Wire):
@@ -130,7 +132,7 @@ Item = Annotated[
 class FunctionTool(Wire):
     """A function that the model may call.  Tools of another ``type`` are refused by name."""
 
-    type: str
+    type: str = Field(description="Only function; built-in tools are refused by name.")
     name: Annotated[str | None, Field(min_length=1, max_length=64)] = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -147,7 +149,7 @@ class ToolName(Wire):
 class ToolChoice(Wire):
     """One function, or some of them."""
 
-    type: str
+    type: str = Field(description="function or allowed_tools; others are refused by name.")
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
     tools: Annotated[list[ToolName] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
@@ -167,15 +169,19 @@ class TextConfig(Wire):
     """The form of the text."""
 
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Refused: anything but medium.")
 
 
 class Reasoning(Wire):
-    """How hard the model thinks.  ``summary`` has no effect: thoughts are told in full."""
+    """How hard the model thinks."""
 
-    effort: str | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    effort: str | None = Field(None, description="As reasoning_effort of a chat completion.")
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="Ignored: thoughts are told in full."
+    )
+    generate_summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="Ignored: thoughts are told in full."
+    )
 
 
 class ResponsesRequest(SamplingFields):
@@ -193,20 +199,26 @@ class ResponsesRequest(SamplingFields):
         "truncation": ("disabled",),
     }
 
-    model: str
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
-    instructions: str | None = None
+    model: str = Field(description="An id that GET /v1/models lists.")
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)] = Field(
+        description="A user's text, or items; item_reference and those of built-in tools are refused by name."
+    )
+    instructions: str | None = Field(None, description="A system message before everything else.")
     previous_response_id: str | None = Field(None, description="Goes on from a response that is still stored.")
     store: bool | None = Field(None, description="Keep the response for a while. Default: true.")
     max_output_tokens: Annotated[int | None, Field(ge=1, description="Null: all that fits.")] = None
-    max_tool_calls: Annotated[int | None, Field(ge=1)] = None
-    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
-    reasoning: Reasoning | None = None
-    include: Annotated[list[str] | None, Field(max_length=16)] = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    max_tool_calls: Annotated[int | None, Field(ge=1, description="There are no built-in tools to count.")] = None
+    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(None, description="Default: auto.")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
+    text: TextConfig | None = Field(None, description="The form of the text.")
+    reasoning: Reasoning | None = Field(None, description="400 where the model's chat template cannot think.")
+    include: Annotated[list[str] | None, Field(max_length=16)] = Field(
+        None, description="message.output_text.logprobs, reasoning.encrypted_content (no effect); no other."
+    )
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20, description="Of the likeliest tokens.")] = None
     metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in a chat completion.")
     background: bool | None = Field(None, description="Answer at once and go on; ask for the response by its id.")

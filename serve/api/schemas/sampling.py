@@ -21,7 +21,7 @@ class StreamOptions(Wire):
     """Only meaningful with ``stream: true``."""
 
     include_usage: bool | None = Field(None, description="Send one more chunk with the usage, before the end.")
-    include_obfuscation: bool | None = Field(None, description="Chunks are never padded.")
+    include_obfuscation: bool | None = Field(None, description="Ignored: chunks are never padded.")
 
 
 class SamplingFields(RequestBody):
@@ -30,9 +30,9 @@ class SamplingFields(RequestBody):
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
 
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, description="Keep the likeliest tokens up to this sum.")] = None
     top_k: Annotated[int | None, Field(ge=-1, le=2**31, description="0 and -1 keep the whole vocabulary.")] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1, description="Keep what is at least so likely as the best.")] = None
     seed: Annotated[int | None, Field(ge=-INT64_MAX - 1, le=INT64_MAX, description="Choice i draws with seed + i.")] = (
         None
     )
@@ -41,11 +41,17 @@ class SamplingFields(RequestBody):
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)]
         | None
     ) = Field(None, description="Where to end; the text holds nothing of it.")
-    stop_token_ids: Annotated[list[int] | None, Field(max_length=MAX_STOP_TOKENS)] = None
+    stop_token_ids: Annotated[
+        list[int] | None, Field(max_length=MAX_STOP_TOKENS, description="Tokens to end at, as at the end of sequence.")
+    ] = None
     min_tokens: Annotated[int | None, Field(ge=0, description="No end of sequence before so many tokens.")] = None
     ignore_eos: bool | None = Field(None, description="Go on after the end of sequence.")
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    frequency_penalty: Annotated[
+        float | None, Field(ge=-2, le=2, description="Subtracted for each time that a token was generated.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Field(ge=-2, le=2, description="Subtracted once a token was generated.")
+    ] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10, description="1 is none.")] = None
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
@@ -54,7 +60,7 @@ class SamplingFields(RequestBody):
     ] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES, description="Choices for each prompt.")] = None
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="Needs stream: true.")
     user: str | None = None
 
 

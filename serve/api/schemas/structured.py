@@ -24,11 +24,11 @@ class JsonObjectFormat(Wire):
 
 
 class JsonSchema(Wire):
-    """A schema and its name.  ``strict`` makes no difference: what is asked for is always enforced."""
+    """A schema and its name."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="Left out: any JSON object.")
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="Ignored: what is asked for is always enforced.")
     description: str | None = None
 
 
@@ -54,8 +54,8 @@ class StructuredOutputs(Wire):
 class StructuredFields(Wire):
     """At most one of these constrains the text."""
 
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = Field(None, description="text, json_object or json_schema.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form: exactly one constraint.")
     guided_json: dict[str, Any] | str | None = Field(None, description="A JSON schema, or one in a string.")
     guided_regex: str | None = Field(None, description="The whole text matches it.")
     guided_choice: list[str] | None = Field(None, description="The text is one of them.")
