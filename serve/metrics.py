@@ -7,6 +7,7 @@ grow the number of series.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +16,9 @@ from prometheus_client.registry import Collector
 from serve.lifecycle import Lifecycle, State
 from serve.observe import RequestRecord
 from serve.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from serve.records.writer import RecordWriter
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "trimaran"
@@ -33,11 +37,14 @@ class Metrics:
     Args:
         lifecycle: Asked at each scrape.
         watchdog: Asked at each scrape.
+        records: Asked at each scrape, where records go into a database.
     """
 
-    def __init__(self, lifecycle: Lifecycle, watchdog: Watchdog) -> None:
+    def __init__(self, lifecycle: Lifecycle, watchdog: Watchdog, records: RecordWriter | None = None) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_State(lifecycle, watchdog))
+        if records is not None:
+            self._registry.register(_Records(records))
         self._requests = self._counter("http_requests", "Requests by route and status.", ("route", "status"))
         self._finished = self._counter("generations", "Generations by why they ended.", ("finish_reason",))
         self._errors = self._counter("errors", "Errors by code, also those inside a stream.", ("code",))
@@ -101,9 +108,7 @@ class _State(Collector):
         yield _gauge("step_age_seconds", "How long the present step has been running.", stats.step_age_s)
         yield _gauge("token_age_seconds", "Time since the last token of any request.", stats.token_age_s)
         yield _gauge("event_loop_lag_seconds", "How late the event loop was lately.", self._watchdog.loop_lag_s)
-        steps = CounterMetricFamily(f"{PREFIX}_engine_steps", "Steps of the engine since it was loaded.")
-        steps.add_metric([], stats.num_steps)
-        yield steps
+        yield _counter("engine_steps", "Steps of the engine since it was loaded.", stats.num_steps)
         state = GaugeMetricFamily(f"{PREFIX}_state", "1 for the server's state, 0 for the others.", labels=["state"])
         for name in State:
             state.add_metric([name.value], float(self._lifecycle.state is name))
@@ -112,6 +117,25 @@ class _State(Collector):
         for name, seconds in self._lifecycle.phases.items():
             phases.add_metric([name], seconds)
         yield phases
+
+
+class _Records(Collector):
+    """What became of the usage records."""
+
+    def __init__(self, records: RecordWriter) -> None:
+        self._records = records
+
+    def collect(self) -> Iterator[Metric]:
+        """The numbers of this moment."""
+        yield _counter("usage_records_written", "Usage records in the database.", self._records.num_written)
+        yield _counter(
+            "usage_records_dropped", "Usage records that the buffer could not hold.", self._records.num_dropped
+        )
+        yield _gauge("usage_records_waiting", "Usage records that are not written yet.", self._records.num_waiting)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"{PREFIX}_{name}", text, value=value)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

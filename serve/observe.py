@@ -11,11 +11,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from serve.machine_time import MachineTime, Share
 from serve.settings import LogFormat
 
 logger = logging.getLogger("serve.request")
 
 _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+
+_UNLOGGED = frozenset(
+    {"received_at", "queue_s", "first_token_at", "last_token_at", "endpoint", "machine", "share", "machine_s"}
+)
 
 
 @dataclass(slots=True)
@@ -43,6 +48,22 @@ class RequestRecord:
     cached_tokens: int = 0
     endpoint: str | None = None
     """The route as it is declared; None: there is none."""
+    machine: MachineTime | None = None
+    """Measures the request's share of the machine; None: nobody does."""
+    share: Share | None = None
+    machine_s: float | None = None
+    cost_usd: float | None = None
+
+    def begin_work(self, num_sequences: int) -> None:
+        """The machine works for this request from now on, until it ends."""
+        if self.machine is not None and self.share is None:
+            self.share = self.machine.begin(num_sequences)
+
+    def end_work(self) -> None:
+        """Note what the request had of the machine, and what that costs."""
+        if self.machine is not None and self.share is not None:
+            self.machine_s, self.share = self.machine.end(self.share), None
+            self.cost_usd = self.machine.cost_usd(self.machine_s)
 
     def saw_tokens(self, num_tokens: int) -> None:
         """Note that tokens arrived now."""
@@ -55,9 +76,7 @@ class RequestRecord:
     def as_fields(self) -> dict[str, Any]:
         """The log line's fields; what is unknown is left out."""
         values: dict[str, Any] = {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.name not in {"received_at", "queue_s", "first_token_at", "last_token_at", "endpoint"}
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in _UNLOGGED
         }
         if self.first_token_at is None:
             del values["completion_tokens"], values["cached_tokens"]
@@ -65,6 +84,7 @@ class RequestRecord:
         values["ttft_ms"] = _ms(self.ttft_s)
         values["itl_ms_mean"] = _ms(self.itl_s)
         values["total_ms"] = _ms(self.age_s)
+        values["machine_ms"] = _ms(self.machine_s)
         return {name: value for name, value in values.items() if value is not None}
 
     @property

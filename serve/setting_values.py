@@ -1,8 +1,15 @@
-"""The words that some settings may take."""
+"""The words that some settings may take, and what else is known of a setting's value."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from serve.folders import default_cache
 
 
 class EngineName(StrEnum):
@@ -58,3 +65,33 @@ class LogFormat(StrEnum):
     AUTO = "auto"
     TEXT = "text"
     JSON = "json"
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a checkpoint or an adapter lies there; unreadable counts, so that loading can say so."""
+    try:
+        return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    except PermissionError:
+        return True
+
+
+def written(value: Any) -> str:
+    """A value as a variable of the environment has it, secrets too."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cache_if_any() -> Path | None:
+    """The default folder for what later starts use again; None where there is no home."""
+    try:
+        return default_cache()
+    except RuntimeError:  # containers run as users without a home
+        return None
+
+
+def name_of(model: str) -> str:
+    """The name in the API of a model that is given as a folder or an id."""
+    folder = Path(model).expanduser()
+    # Not resolve(): the name of a link is the operator's choice.
+    return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,19 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serve.engine.base import EngineConfig
 from serve.errors import ConfigError
-from serve.folders import default_cache
 from serve.limits import Allowance
-from serve.setting_values import Device, Dtype, EngineName, LogFormat, ToolParser, ToolPrompt
+from serve.setting_values import (
+    Device,
+    Dtype,
+    EngineName,
+    LogFormat,
+    ToolParser,
+    ToolPrompt,
+    cache_if_any,
+    holds_model,
+    name_of,
+    written,
+)
 
 PREFIX = "SERVE_"
 
@@ -115,6 +124,15 @@ class Settings(BaseSettings):
         300.0, gt=0, le=86400, description="Seconds after which a step of the engine hangs: the process ends with 70."
     )
     drain_timeout_s: float = Field(25.0, ge=0, le=3600, description="Seconds that running requests get on SIGTERM.")
+    records_url: SecretStr | None = Field(
+        None,
+        description="Database of usage records: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME. Needs the "
+        "extra records. Default: only the log has them.",
+    )
+    records_buffer: int = Field(10_000, ge=1, le=10**7, description="Records that wait while the database is away.")
+    usd_per_hour: float | None = Field(
+        None, gt=0, le=10_000, description="Price of this machine, for the estimated cost of each request."
+    )
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
@@ -125,7 +143,7 @@ class Settings(BaseSettings):
         if values.get("model") or values.get("engine", EngineName.TRANSFORMERS) != EngineName.TRANSFORMERS:
             return values
         names = folders.split(",") if isinstance(folders, str) else folders
-        mounted = [str(name).strip() for name in names if _holds_model(Path(str(name).strip()))]
+        mounted = [str(name).strip() for name in names if holds_model(Path(str(name).strip()))]
         return {**values, "model": mounted[0]} if mounted else values
 
     @field_validator("api_keys", "model_folders", mode="before")
@@ -167,12 +185,12 @@ class Settings(BaseSettings):
             return self.model_name
         if self.engine is not EngineName.TRANSFORMERS and not self.model:
             return self.engine.value
-        return _name_of(self.model)
+        return name_of(self.model)
 
     @cached_property
     def embedding_name(self) -> str:
         """The embedding model's id in the API; empty: there is none."""
-        return _name_of(self.embedding_model) if self.embedding_model else ""
+        return name_of(self.embedding_model) if self.embedding_model else ""
 
     def environment(self) -> tuple[dict[str, str], dict[str, str]]:
         """What was set, as variables for a container: the public ones, and the secret ones."""
@@ -184,7 +202,7 @@ class Settings(BaseSettings):
             if value is None or not parts:
                 continue
             is_secret = any(isinstance(part, SecretStr) for part in parts)
-            (secret if is_secret else public)[PREFIX + name.upper()] = ",".join(_written(part) for part in parts)
+            (secret if is_secret else public)[PREFIX + name.upper()] = ",".join(written(part) for part in parts)
         return public, secret
 
     @property
@@ -211,35 +229,8 @@ class Settings(BaseSettings):
             max_queue=self.max_queue,
             num_threads=self.threads,
             trust_remote_code=self.trust_remote_code,
-            cache_dir=self.cache_dir or _default_cache(),
+            cache_dir=self.cache_dir or cache_if_any(),
         )
-
-
-def _holds_model(folder: Path) -> bool:
-    """Whether a checkpoint or an adapter lies there; unreadable counts, so that loading can say so."""
-    try:
-        return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
-    except PermissionError:
-        return True
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _default_cache() -> Path | None:
-    try:
-        return default_cache()
-    except RuntimeError:  # containers run as users without a home
-        return None
-
-
-def _name_of(model: str) -> str:
-    folder = Path(model).expanduser()
-    # Not resolve(): the name of a link is the operator's choice.
-    return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100
 
 
 def is_loopback(host: str) -> bool:
@@ -270,7 +261,8 @@ def _explain(problem: Any) -> str:
         return message
     name = str(problem["loc"][0])
     variable = name if name.isupper() else PREFIX + name.upper()
-    shown = "" if "KEY" in variable else f"={problem['input']!r}"
+    is_secret = "Secret" in str(Settings.model_fields[name].annotation) if name in Settings.model_fields else False
+    shown = "" if is_secret else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}"
 
 

@@ -13,6 +13,7 @@ import click
 from serve.errors import ServeError
 from trimaran.deploy.commands import deploy
 from trimaran.emulate.commands import emulate
+from trimaran.usage import usage
 
 
 class _Commands(click.Group):
@@ -108,6 +109,7 @@ def demo_model(embedding: bool) -> None:
 
 main.add_command(emulate)
 main.add_command(deploy)
+main.add_command(usage)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -33,11 +33,15 @@ from serve.engine.base import Engine
 from serve.errors import ConfigError
 from serve.lifecycle import Lifecycle
 from serve.limits import Limiter
+from serve.machine_time import MachineTime
 from serve.metrics import Metrics
 from serve.observe import RequestRecord
 from serve.settings import EngineName, Settings, load_settings
 from serve.source import choose_origin
 from serve.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from serve.records.writer import RecordWriter
 
 
 def create_engine(settings: Settings) -> Engine:
@@ -101,8 +105,10 @@ def create_app(
     settings = settings or load_settings()
     lifecycle = lifecycle or create_lifecycle(settings, engine)
     watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
-    metrics = Metrics(lifecycle, watchdog)
+    records = _record_writer(settings)
+    metrics = Metrics(lifecycle, watchdog, records)
     limiter = Limiter(settings.allowance())
+    sinks = [RequestRecord.log, metrics.observe, *([records.put] if records else [])]
     keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
     app = _App(
         title="Trimaran",
@@ -114,7 +120,7 @@ def create_app(
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
         middleware=[
-            Middleware(Boundary, sinks=(RequestRecord.log, metrics.observe)),
+            Middleware(Boundary, sinks=sinks, machine=MachineTime(settings.usd_per_hour)),
             Middleware(Gate, keys=keys),
             Middleware(Limits, limiter=limiter),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
@@ -124,6 +130,7 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
     app.state.watchdog, app.state.metrics, app.state.limiter = watchdog, metrics, limiter
+    app.state.records = records
     app.state.responses = ResponseStore(settings.stored_responses, settings.stored_response_bytes)
     install_handlers(app)
     for router in (*_model_routers(app, settings), health.router, pages.router):
@@ -150,12 +157,24 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     return (remote.router,)
 
 
+def _record_writer(settings: Settings) -> RecordWriter | None:
+    """Who writes usage records into a database; None: only the log has them."""
+    if settings.records_url is None:
+        return None
+    from serve.records.writer import RecordWriter  # noqa: PLC0415
+
+    return RecordWriter(settings.records_url.get_secret_value(), settings.records_buffer)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     lifecycle: Lifecycle = app.state.lifecycle
     watchdog: Watchdog = app.state.watchdog
+    records: RecordWriter | None = app.state.records
     lifecycle.start()
     watchdog.start()
+    if records is not None:
+        records.start()
     yield
     watchdog.stop()
     # Whoever runs the app may have drained it already (serve.server does); then this returns at once.
@@ -163,6 +182,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     await lifecycle.close()
     if (upstream := getattr(app.state, "upstream", None)) is not None:
         await upstream.close()
+    if records is not None:
+        await records.close()
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -47,6 +47,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
     lifecycle.check_admission()
     if not embeddings.is_loaded:
         raise lifecycle.not_ready()
+    record.begin_work(1)
     vectors, num_tokens = await embeddings.embed(_inputs(body), body.dimensions)
     record.prompt_tokens = num_tokens
     usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)

@@ -114,6 +114,7 @@ def submit(
         for stream in streams:
             stream.close()
         raise
+    record.begin_work(len(streams))
     return Choices(streams, record)
 
 

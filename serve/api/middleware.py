@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
 from serve.api.errors import error_response, plain_error, speaks_anthropic
 from serve.errors import AuthenticationError, PermissionDenied, RequestTimeout, RequestTooLarge
+from serve.machine_time import MachineTime
 from serve.observe import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,15 @@ class Boundary:
     Args:
         app: What it surrounds.
         sinks: Called with the record of each request that ended, health and the playground left out.
+        machine: Measures what of the machine each request had.
     """
 
-    def __init__(self, app: ASGIApp, sinks: Sequence[Callable[[RequestRecord], object]]) -> None:
+    def __init__(
+        self, app: ASGIApp, sinks: Sequence[Callable[[RequestRecord], object]], machine: MachineTime | None = None
+    ) -> None:
         self._app = app
         self._sinks = sinks
+        self._machine = machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, whatever happens inside."""
@@ -61,7 +66,9 @@ class Boundary:
             return
         wanted = Headers(scope=scope).get("x-request-id", "")
         request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else new_request_id()
-        record = RequestRecord(request_id=request_id, method=scope["method"], route=scope["path"])
+        record = RequestRecord(
+            request_id=request_id, method=scope["method"], route=scope["path"], machine=self._machine
+        )
         is_head = scope["method"] == "HEAD"
         method = "GET" if is_head else scope["method"]
         scope = {**scope, "method": method, "trimaran.record": record, "trimaran.end": self._end}
@@ -95,12 +102,15 @@ class Boundary:
                 self._end(record)
 
     def _end(self, record: RequestRecord) -> None:
+        record.end_work()
         for sink in self._sinks:
             sink(record)
 
     async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, from its handshake to its end, as one record; its turns have records of their own."""
-        record = RequestRecord(request_id=new_request_id(), method="WEBSOCKET", route=scope["path"])
+        record = RequestRecord(
+            request_id=new_request_id(), method="WEBSOCKET", route=scope["path"], machine=self._machine
+        )
 
         async def send_noting(message: Message) -> None:
             if message["type"] == "websocket.accept":

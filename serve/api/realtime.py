@@ -132,6 +132,7 @@ class _Connection:
             caller=self._record.caller,
             is_stream=True,
             endpoint=self._record.route,
+            machine=self._record.machine,
         )
         try:
             with Admission(self._socket.app.state.limiter, record):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 TORCH = {"torch", "transformers", "numpy", "safetensors", "peft", "gguf"}
 WEB = {"fastapi", "starlette", "uvicorn"}
 SDKS = {"modal", "runpod", "render"}
+DATABASE = {"sqlalchemy", "alembic", "asyncpg", "aiosqlite"}
 
 # Folder or file -> names that must not be imported there (whole modules or prefixes).
 FORBIDDEN: dict[str, set[str]] = {
@@ -53,6 +54,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/device.py": {"asyncio", "threading"},
     "serve/chat": {"serve.api", "serve.engine", "serve.settings", "serve.lifecycle", "torch"} | WEB,
     "serve/api": TORCH,
+    "serve/records": TORCH | WEB | {"serve.api", "serve.engine", "serve.lifecycle", "serve.settings"},
+    "serve/records/row.py": DATABASE,
+    "serve/records/writer.py": DATABASE,
+    "serve/machine_time.py": {"serve", "asyncio", "threading"},
     "serve/watchdog.py": TORCH | WEB | {"serve.api"},
     "serve/lifecycle.py": TORCH | WEB | {"serve.api"},
     "trimaran": {"deploy"},
@@ -63,7 +68,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "trimaran/emulate/runpod": {"runpod", "modal"},
 }
 # Imported at module level they would cost every start seconds; inside a function they are the point.
-LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub"}
+LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub"} | DATABASE
 LAZY_EXEMPT = {
     "serve/engine/alone.py",
     "serve/engine/attention.py",
@@ -78,6 +83,10 @@ LAZY_EXEMPT = {
     "serve/engine/patterns.py",
     "serve/engine/sampler.py",
     "serve/engine/survey.py",
+    "serve/records/migrations/env.py",
+    "serve/records/migrations/versions/v0001_usage.py",
+    "serve/records/store.py",
+    "serve/records/table.py",
     "trimaran/gguf_convert.py",
     "deploy/runpod/job_scaler.py",  # imported by a function of handler.py, in queue mode only
 }
@@ -164,7 +173,7 @@ def test_files_and_functions_stay_short():
         ("import serve; serve.Settings", {"torch", "fastapi", "transformers"}),
         ("import serve; serve.create_app", {"torch", "transformers", "numpy", "huggingface_hub"}),
         ("import serve.engine.runner", {"torch", "transformers", "numpy"}),
-        ("import serve.server", {"torch", "transformers", "numpy"}),
+        ("import serve.server", {"torch", "transformers", "numpy", "sqlalchemy", "alembic"}),
     ],
 )
 def test_import_leaves_heavy_packages_alone(code, absent):

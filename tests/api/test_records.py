@@ -1,0 +1,155 @@
+"""Usage records in a database: SQLite, and a real PostgreSQL that is killed under load."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from click.testing import CliRunner
+from postgres import Postgres, running_postgres
+from support import Served, chat, eventually, running, serving
+
+from serve.records.writer import RecordWriter
+from trimaran.cli import main
+
+COMPLETIONS = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    with running_postgres(tmp_path_factory.mktemp("postgres")) as found:
+        yield found
+
+
+def writer(served: Served) -> RecordWriter:
+    return served.app.state.records
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    with sqlite3.connect(file) as connection:
+        connection.row_factory = sqlite3.Row
+        found = [dict(row) for row in connection.execute("SELECT * FROM usage ORDER BY received_at")]
+    connection.close()
+    return found
+
+
+def test_records_hold_one_row_for_each_request(tmp_path: Path) -> None:
+    file = tmp_path / "usage.db"
+    settings: dict[str, Any] = {"api_keys": ("one",), "usd_per_hour": 3600.0, "records_url": f"sqlite:///{file}"}
+    with (
+        serving(**settings) as served,
+        httpx.Client(base_url=served.url, headers={"x-api-key": "one", "x-request-id": "mine"}) as client,
+    ):
+        answers = [
+            client.post(COMPLETIONS, json=chat("abcd")),
+            client.post(COMPLETIONS, json=chat("abcd", stream=True, n=2)),
+            client.post(COMPLETIONS, json=chat("a") | {"model": "other\0"}),
+            client.post("/v1/messages", json={**chat("ab"), "max_tokens": 9}),
+            client.get("/v1/models"),
+            client.post(COMPLETIONS, json=chat("a"), headers={"x-api-key": "wrong"}),
+            client.post("/nowhere", json={}),
+        ]
+        eventually(lambda: writer(served).num_written == 5)
+        kept = rows(file)
+
+    assert [answer.status_code for answer in answers] == [200, 200, 404, 200, 200, 401, 404]
+    assert [row["status"] for row in kept] == [200, 200, 404, 200, 404]
+    assert len({row["id"] for row in kept}) == 5
+    assert {row["request_id"] for row in kept} == {"mine"}
+    assert [(row["prompt_tokens"], row["completion_tokens"]) for row in kept[:2]] == [(4, 5), (4, 10)]
+    assert [row["is_stream"] for row in kept[:2]] == [0, 1]
+    assert [row["route"] for row in kept] == [COMPLETIONS] * 3 + ["/v1/messages", "unknown"]
+    assert kept[0]["caller"].startswith("key-")
+    assert kept[0]["cost_usd"] == pytest.approx(kept[0]["machine_ms"] / 1000, abs=1e-5)
+    assert 0 < kept[0]["machine_ms"] <= kept[0]["total_ms"]
+    assert (kept[2]["error_code"], kept[2]["cost_usd"]) == ("model_not_found", None)
+
+
+def test_records_that_wait_are_written_on_a_drain(tmp_path: Path) -> None:
+    file = tmp_path / "usage.db"
+    with running(SERVE_RECORDS_URL=f"sqlite:///{file}") as server:
+        with httpx.Client(base_url=server.url) as client:
+            for _ in range(20):
+                assert client.post(COMPLETIONS, json=chat("a")).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+    assert len(rows(file)) == 20
+
+
+def test_records_that_find_no_room_are_dropped_and_counted(tmp_path: Path) -> None:
+    """The database is a folder that cannot be a file, so that it is away for good."""
+    (tmp_path / "usage.db").mkdir()
+    with (
+        serving(records_url=f"sqlite:///{tmp_path}/usage.db", records_buffer=3) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        assert [client.post(COMPLETIONS, json=chat("a")).status_code for _ in range(5)] == [200] * 5
+        eventually(lambda: writer(served).num_dropped == 2)
+        page = client.get("/metrics").text
+
+    assert "trimaran_usage_records_dropped_total 2.0" in page
+    assert "trimaran_usage_records_waiting 3.0" in page
+    assert "trimaran_usage_records_written_total 0.0" in page
+
+
+def test_records_survive_a_postgresql_that_is_killed_under_load(postgres: Postgres) -> None:
+    statuses: list[int] = []
+    is_over = threading.Event()
+
+    def ask(base_url: str) -> None:
+        with httpx.Client(base_url=base_url, timeout=30) as client:
+            while not is_over.is_set():
+                statuses.append(client.post(COMPLETIONS, json=chat("ab", max_tokens=2)).status_code)
+                time.sleep(0.005)
+
+    with serving(records_url=postgres.url) as served:
+        callers = [threading.Thread(target=ask, args=(served.url,)) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for _ in range(2):
+            before = writer(served).num_written
+            eventually(lambda before=before: writer(served).num_written > before + 20)
+            postgres.kill()
+            num_answered = len(statuses)
+            eventually(lambda before=num_answered: len(statuses) > before + 20)
+            postgres.start()
+        is_over.set()
+        for caller in callers:
+            caller.join()
+        eventually(lambda: writer(served).num_waiting == 0, timeout_s=20)
+        found = postgres.ask("SELECT count(*), count(DISTINCT id), count(DISTINCT request_id) FROM usage")
+
+    assert set(statuses) == {200}
+    assert found == "|".join([str(len(statuses))] * 3)
+    assert (writer(served).num_written, writer(served).num_dropped) == (len(statuses), 0)
+
+
+def test_usage_command_prints_what_postgresql_holds(postgres: Postgres) -> None:
+    count = postgres.ask("SELECT count(*) FROM usage WHERE caller = 'anonymous'")
+    done = CliRunner().invoke(main, ["usage"], env={"SERVE_RECORDS_URL": postgres.url})
+
+    assert done.exit_code == 0, done.output
+    line = next(line.split() for line in done.output.splitlines() if line.startswith("anonymous "))
+    assert line[1].replace(",", "") == count
+    assert "█" in done.output
+
+
+def test_usage_command_says_why_there_is_nothing(postgres: Postgres, tmp_path: Path) -> None:
+    runner = CliRunner()
+    for url, reason in [
+        (f"sqlite:///{tmp_path}/none.db", "there is no file"),
+        (postgres.url.replace("/usage", "/other"), "does not exist"),
+        ("postgresql://u:secret-password@127.0.0.1:9/x", "cannot be read"),
+        ("mysql://u:secret-password@h/x", "SERVE_RECORDS_URL is no address of a database"),
+    ]:
+        done = runner.invoke(main, ["usage", "--url", url])
+        assert done.exit_code in (1, 2), url
+        assert reason in done.output
+        assert "secret-password" not in done.output
