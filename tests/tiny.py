@@ -83,8 +83,8 @@ class Ready:
     def __init__(self, runner: TransformersRunner) -> None:
         self.num_slots, self.max_model_len, self.step = runner.num_slots, runner.max_model_len, runner.step
         self.reseed = runner.reseed
-        self.vocab_size = runner.vocab_size
         self.alone_reason = runner.alone_reason
+        self.vocab_size, self.keeps_prefixes = runner.vocab_size, runner.keeps_prefixes
 
     def prepare(self, files: ModelFiles, phase: Any) -> None:
         pass

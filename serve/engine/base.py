@@ -9,12 +9,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from serve.engine.scheduler import Batch
-from serve.errors import InvalidRequest, ServeError
+from serve.errors import ContextLengthExceeded, InvalidRequest, ServeError
 from serve.types import Batching, EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
@@ -73,6 +73,24 @@ def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
             )
 
 
+def fitted(request: GenerationRequest, max_model_len: int, vocab_size: int) -> GenerationRequest:
+    """The request with a limit that its slot can hold.
+
+    Raises:
+        ContextLengthExceeded: prompt and completion do not fit.
+        InvalidRequest: a token id is outside the vocabulary.
+    """
+    check_vocabulary(request, vocab_size)
+    num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+    if num_prompt_tokens + (max_tokens or 1) > max_model_len:
+        asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
+        message = f"the context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}; shorten it"
+        raise ContextLengthExceeded(message, param="messages")
+    if max_tokens is not None:
+        return request
+    return replace(request, params=replace(request.params, max_tokens=max_model_len - num_prompt_tokens))
+
+
 class TokenStream:
     """The events of one request, in order, on the event loop.
 
@@ -81,8 +99,9 @@ class TokenStream:
     aborts the request; closing twice, or after the end, does nothing.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], scope: str = "") -> None:
         self.request_id = request_id
+        self.scope = scope
         self.has_started = False
         self.is_finished = False
         self._abort = abort
@@ -238,6 +257,11 @@ class Runner(Protocol):
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """As :meth:`Engine.prepare`."""
+        ...
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether what a sequence computed stays in its slot, for others that begin alike, until it is overwritten."""
         ...
 
     def load(self, files: ModelFiles, phase: Phase) -> None:

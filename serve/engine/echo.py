@@ -38,6 +38,7 @@ class EchoRunner:
 
     vocab_size = VOCAB_SIZE
     alone_reason: str | None = None
+    keeps_prefixes = False
 
     def __init__(self, config: EngineConfig, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
         self.num_slots = config.max_batch_size or NUM_SLOTS

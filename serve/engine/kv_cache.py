@@ -77,10 +77,23 @@ class KVCache:
     def move(self, moves: Iterable[Move]) -> None:
         """Carry out the scheduler's moves, in order."""
         for move in moves:
+            if move.is_swap:
+                self._swap(move.source, move.target)
+                continue
             for pair in self._layers.values():
                 for tensor in pair:
                     tensor[move.target, : move.num_tokens] = tensor[move.source, : move.num_tokens]
             self.extend(move.target, move.num_tokens, move.num_tokens)
+
+    def _swap(self, a: int, b: int) -> None:
+        written = self._num_written
+        length = max(written[a], written[b])
+        for pair in self._layers.values():
+            for tensor in pair:
+                kept = tensor[b, :length].clone()
+                tensor[b, :length] = tensor[a, :length]
+                tensor[a, :length] = kept
+        written[a], written[b] = written[b], written[a]
 
     def extend(self, slot: int, start: int, end: int) -> None:
         """Tokens ``start`` to ``end`` of a slot are written next; what another sequence left after ``start`` goes."""

@@ -53,6 +53,7 @@ class TransformersRunner:
         self.num_slots = 0
         self.max_model_len = 0
         self.vocab_size = 0
+        self.keeps_prefixes = True
         self._threads = choose_threads(config.num_threads)
         self._threads_set_for: int | None = None
         self._prepared: Any = None
@@ -145,6 +146,7 @@ class TransformersRunner:
         try:
             seen = gate.examine(self._model, VerdictFile(self._config.cache_dir, folders, facts))
         except NotBatchable as reason:
+            self.keeps_prefixes = False
             self.alone_reason = f"{type(self._model).__name__} runs one request at a time: {reason}"
             logger.warning("Batching: off; %s", self.alone_reason)
             self._alone = AloneForward(self._model)

@@ -12,14 +12,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, check_vocabulary
+from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, fitted
 from serve.engine.commands import Abort, Add, Command, FailWaiting
 from serve.engine.live import GRAMMAR_FAILED, LiveRequest
 from serve.engine.pulse import Pulse
 from serve.engine.scheduler import Batch, Scheduler, Sequence
-from serve.errors import ContextLengthExceeded, EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
+from serve.errors import EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
 from serve.types import Batching, EngineStats, FinishReason, GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -81,6 +80,7 @@ class StepEngine:
             num_slots=self._runner.num_slots,
             prefill_chunk_tokens=self._config.prefill_chunk_tokens,
             eos_token_ids=frozenset(token for token in self._files.eos_token_ids if token < self._runner.vocab_size),
+            keeps_prefixes=self._runner.keeps_prefixes,
         )
         for command in self._early.values():
             self._commands.put(command)
@@ -104,10 +104,10 @@ class StepEngine:
         """Queue a request; it waits while the model is loading."""
         num_slots = self._runner.num_slots if self._files else 0
         num_waiting = len(self._streams) - num_slots
-        if num_waiting >= self._config.max_queue:
+        if num_waiting >= self._config.max_queue and not self._is_newcomer(request):
             message = f"{num_slots} requests are running and {num_waiting} wait; try again later"
             raise QueueFull(message, retry_after=self._pulse.queue_s(num_waiting))
-        stream = TokenStream(request.request_id, self.abort)
+        stream = TokenStream(request.request_id, self.abort, request.cache_scope)
         self._streams[request.request_id] = stream
         command = Add(request, time.perf_counter())
         if self._thread is None:
@@ -115,6 +115,11 @@ class StepEngine:
         else:
             self._commands.put(command)
         return stream
+
+    def _is_newcomer(self, request: GenerationRequest) -> bool:
+        """Whether only others are here: a caller's flood must not shut another one out, who gets one place more."""
+        scopes = {stream.scope for stream in self._streams.values()}
+        return bool(scopes) and request.cache_scope not in scopes
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step."""
@@ -215,7 +220,7 @@ class StepEngine:
     def _add(self, scheduler: Scheduler, files: ModelFiles, command: Add, events: _Events) -> None:
         request = command.request
         try:
-            request = self._fitted(request)
+            request = fitted(request, self._runner.max_model_len, self._runner.vocab_size)
             grammar = request.params.grammar() if request.params.grammar else None
         except ServeError as error:
             events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
@@ -229,24 +234,6 @@ class StepEngine:
         sequence.grammar = grammar
         self._live[request.request_id] = LiveRequest(sequence, files.decode, command.submitted_at)
 
-    def _fitted(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with a limit that its slot can hold.
-
-        Raises:
-            ContextLengthExceeded: prompt and completion do not fit.
-            InvalidRequest: a token id is outside the vocabulary.
-        """
-        check_vocabulary(request, self._runner.vocab_size)
-        room = self._runner.max_model_len
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        if num_prompt_tokens + (max_tokens or 1) > room:
-            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
-            message = f"the context is {room} tokens, but the prompt has {num_prompt_tokens}{asked}; shorten it"
-            raise ContextLengthExceeded(message, param="messages")
-        if max_tokens is not None:
-            return request
-        return replace(request, params=replace(request.params, max_tokens=room - num_prompt_tokens))
-
     def _step(self, scheduler: Scheduler) -> Iterable[tuple[str, TokenEvent]]:
         batch = scheduler.schedule()
         now = time.perf_counter()
@@ -256,7 +243,8 @@ class StepEngine:
             with self._pulse.step():
                 output = self._runner.step(batch)
         except OutOfMemory as error:
-            return self._shed(batch, error)
+            return self._shed(scheduler, batch, error)
+        scheduler.budget.learn(batch, time.perf_counter() - now)
         self._num_steps += 1
         self._pulse.saw(output)
         scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in output.token_ids])
@@ -264,11 +252,14 @@ class StepEngine:
             self._live[batch.chunks[index].sequence.request.request_id].add_prompt_logprobs(logprobs)
         return [self._event(sequence, row, output) for row, sequence in enumerate(batch.sampled)]
 
-    def _shed(self, batch: Batch, error: OutOfMemory) -> _Events:
-        """Give up the newest work of a step that did not fit; the rest is tried again."""
-        newest = [chunk.sequence for chunk in batch.chunks] or [batch.decodes[-1]]
-        logger.warning("Out of memory in a step: %d of %d requests given up", len(newest), len(self._live))
-        return [self._end_with(sequence, error) for sequence in newest]
+    def _shed(self, scheduler: Scheduler, batch: Batch, error: OutOfMemory) -> _Events:
+        """A step did not fit: take fewer prompt tokens, or give up the newest request; the rest is tried again."""
+        if batch.chunks and scheduler.budget.shrink():
+            logger.warning("Out of memory in a step of %d prompt tokens: taking fewer", batch.num_prompt_tokens)
+            return []
+        newest = batch.chunks[-1].sequence if batch.chunks else batch.decodes[-1]
+        logger.warning("Out of memory in a step: 1 of %d requests given up", len(self._live))
+        return [self._end_with(newest, error)]
 
     def _event(self, sequence: Sequence, row: int, output: StepOutput) -> tuple[str, TokenEvent]:
         token_id = output.token_ids[row]
