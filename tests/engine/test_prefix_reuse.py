@@ -75,6 +75,54 @@ async def test_other_scopes_start_from_nothing(loaded):
             assert (answer.token_ids, answer.usage.cached_tokens) == (expected, cached)
 
 
+class Upwards:
+    """A grammar in which each token is greater than the one before."""
+
+    is_finished = False
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def allowed(self) -> bytes:
+        return (sum(1 << token_id for token_id in range(self.last + 1, 300))).to_bytes(38, "little")
+
+    def accept(self, token_id: int) -> None:
+        self.last = token_id
+
+
+ASKING: dict[str, dict[str, Any]] = {
+    "seed": {"temperature": 1.0, "seed": 4, "top_p": 0.9},
+    "penalties": {"frequency_penalty": 0.9, "presence_penalty": 0.4, "repetition_penalty": 1.3},
+    "logprobs": {"logprobs": 2},
+    "grammar": {"grammar": Upwards, "max_tokens": 4},
+    "prompt_logprobs": {"prompt_logprobs": 1, "logprobs": 1},
+}
+
+
+async def test_whatever_a_request_asks_is_the_same_after_a_reused_prefix(loaded):
+    """The prompt's own tokens count for penalties, although they were not computed for this request."""
+    prompt = [5 + number % 23 for number in range(60)]
+
+    async def asked(engine: Any, name: str, scope: str) -> tuple[list[int], list[float], int]:
+        params = replace(GREEDY, **ASKING[name])
+        stream = engine.submit(replace(request(prompt, params), cache_scope=scope))
+        events = [event async for some in stream for event in some]
+        assert events[-1].error is None
+        found = [*(entry for event in events for entry in event.logprobs), *(events[0].prompt_logprobs or ())]
+        logprobs = [entry.logprob for entry in found if entry is not None]
+        assert len(logprobs) == ("logprobs" in ASKING[name]) * 10 + ("prompt_logprobs" in ASKING[name]) * 59
+        token_ids = [event.token_id for event in events if event.token_id is not None]
+        return token_ids, logprobs, events[-1].usage.cached_tokens
+
+    async with loaded.running() as engine:
+        await collect(engine.submit(replace(request(prompt, GREEDY), cache_scope="warm")))
+        for name in ASKING:
+            cold, warm = await asked(engine, name, name), await asked(engine, name, "warm")
+            assert warm[0] == cold[0], name
+            assert warm[1] == pytest.approx(cold[1], abs=1e-3), name
+            assert (cold[2], warm[2]) == (0, 0 if name == "prompt_logprobs" else 59), name
+
+
 def test_cache_carries_out_copies_and_exchanges_in_order():
     cache = KVCache(4, 8, torch.float32, torch.device("cpu"))
     keys, values = cache.layer(0, torch.zeros(1, 2, 3), torch.zeros(1, 2, 5))
