@@ -5,7 +5,7 @@
     ├─ RequestError                  the caller can fix it
     │  ├─ InvalidRequest  ├─ UnsupportedParameter  ├─ ContextLengthExceeded
     │  ├─ AuthenticationError  ├─ PermissionDenied  ├─ ModelNotFound
-    │  ├─ ResponseNotFound  ├─ PreviousResponseNotFound
+    │  ├─ ResponseNotFound  ├─ PreviousResponseNotFound  ├─ RouteNotOffered
     │  └─ RequestTooLarge  └─ RequestTimeout  └─ UnsupportedMediaType
     ├─ CapacityError                 try again later; always with retry_after
     │  ├─ QueueFull  ├─ RateLimited  ├─ EngineNotReady  ├─ ShuttingDown  └─ DeadlineExceeded
@@ -90,6 +90,12 @@ class ModelNotFound(RequestError):
 
 class ResponseNotFound(RequestError):
     """The path names a response that is not stored for this caller (any more)."""
+
+
+class RouteNotOffered(RequestError):
+    """The path is known, but the server behind this gateway has nothing there, or the gateway cannot reach it."""
+
+    code = "route_not_offered"
 
 
 class PreviousResponseNotFound(RequestError):

@@ -18,6 +18,9 @@ COLD = frozenset({502, 503})
 
 _QUEUE = re.compile(r"/v2/[^/]+$")
 _FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
+_REFUSALS = (b'data: {"error"', b'data: {"type": "error"')
+"""How the only piece of a stream begins that was refused."""
+
 POLL_S, MAX_POLL_S = 0.2, 2.0
 
 
@@ -39,8 +42,14 @@ class Answer(Protocol):
 class Upstream(Protocol):
     """Sends requests; each :class:`Answer` must be closed."""
 
-    async def send(self, method: str, path: str, body: bytes, request_id: str) -> Answer:
+    async def send(self, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """One request.
+
+        Args:
+            method: Of HTTP.
+            target: Path and query.
+            body: JSON; empty for none.
+            headers: Sent along where there is a place for them.
 
         Raises:
             ConnectionError: nothing answers there (yet).
@@ -104,10 +113,10 @@ class OpenAiServer:
     def __init__(self, client: httpx.AsyncClient, base: str) -> None:
         self._client, self._base = client, base
 
-    async def send(self, method: str, path: str, body: bytes, request_id: str) -> Answer:
+    async def send(self, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Pass the body on as it is."""
-        headers = {"x-request-id": request_id} | ({"content-type": "application/json"} if body else {})
-        return HttpAnswer(await _request(self._client, method, self._base + path, content=body, headers=headers))
+        headers = {**headers, "content-type": "application/json"} if body else headers
+        return HttpAnswer(await _request(self._client, method, self._base + target, content=body, headers=headers))
 
     async def close(self) -> None:
         """Close all connections."""
@@ -120,10 +129,10 @@ class RunPodQueue:
     def __init__(self, client: httpx.AsyncClient, base: str) -> None:
         self._client, self._base = client, base
 
-    async def send(self, method: str, path: str, body: bytes, request_id: str) -> Answer:
-        """Submit a job and wait for the first of its output."""
-        del request_id
-        given: dict[str, Any] = {"openai_route": path}
+    async def send(self, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """Submit a job and wait for the first of its output; a job has no headers."""
+        del headers
+        given: dict[str, Any] = {"openai_route": target}
         if body:
             given["openai_input"] = json.loads(body)
         elif method != "GET":
@@ -163,16 +172,21 @@ class JobAnswer:
         self.headers: Mapping[str, str] = {"content-type": "text/event-stream" if is_stream else "application/json"}
         self._queue, self._id, self._is_stream = queue, job_id, is_stream
         self._pieces: list[bytes] = []
-        self._is_final = False
+        self._is_final = self._has_begun = False
 
     async def begin(self) -> None:
         """Poll until something is there, however long the job waits for a worker."""
         rest_s = POLL_S
-        while not self._pieces and not self._is_final:
+        await self._poll()
+        while not self._is_final and (not self._pieces or self._is_refused()):
+            await asyncio.sleep(rest_s)
+            rest_s = min(rest_s * 1.5, MAX_POLL_S)
             await self._poll()
-            if not self._pieces and not self._is_final:
-                await asyncio.sleep(rest_s)
-                rest_s = min(rest_s * 1.5, MAX_POLL_S)
+        self._has_begun = True
+
+    def _is_refused(self) -> bool:
+        """Whether the stream holds nothing but an error; the job is about to fail then, and tells the status."""
+        return bool(self._pieces) and self._pieces[0].startswith(_REFUSALS)
 
     async def _poll(self) -> None:
         job = await self._queue.call("GET", f"/{'stream' if self._is_stream else 'status'}/{self._id}")
@@ -189,15 +203,15 @@ class JobAnswer:
 
     def _fail(self, job: Mapping[str, Any]) -> None:
         """A failed job is an error answer, unless its stream has begun (then the stream itself tells)."""
-        if self._pieces:
+        if self._has_begun or (self._pieces and not self._is_refused()):
             return
         try:
-            body: Any = json.loads(str(job.get("error")))
-            self.status, error = int(body["status"]), {"error": body["error"]}
-        except (ValueError, KeyError, TypeError):
+            body: dict[str, Any] = json.loads(str(job.get("error")))
+            self.status = int(body.pop("status"))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UpstreamFailed(f"the job ended as {job['status']}") from None
         self.headers = {"content-type": "application/json"}
-        self._pieces.append(json.dumps(error).encode())
+        self._pieces = [json.dumps(body).encode()]
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Output as it comes."""

@@ -150,10 +150,12 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
             "tokens that pass through it; set them on the server at SERVE_REMOTE_URL"
         )
     from serve.api import remote  # noqa: PLC0415
+    from serve.api.response_owners import ResponseOwners  # noqa: PLC0415
     from serve.upstream import connect  # noqa: PLC0415
 
     key = settings.remote_api_key.get_secret_value() if settings.remote_api_key else ""
     app.state.upstream = connect(settings.remote_url, key, settings.remote_timeout_s)
+    app.state.response_owners = ResponseOwners(len(settings.api_keys))
     return (remote.router,)
 
 

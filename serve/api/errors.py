@@ -28,6 +28,7 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.PermissionDenied: (403, "permission_error"),
     errors.ModelNotFound: (404, INVALID),
     errors.ResponseNotFound: (404, INVALID),
+    errors.RouteNotOffered: (404, INVALID),
     errors.PreviousResponseNotFound: (400, INVALID),
     errors.RequestTooLarge: (413, INVALID),
     errors.RequestTimeout: (408, INVALID),

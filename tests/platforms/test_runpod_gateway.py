@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx2 as httpx
+import pytest
 from runpod_local import LocalRunpod, WorkerProcess
-from support import chat, eventually, joined, openai_error, serving, sse_chunks
+from support import chat, eventually, joined, message_error, named_events, openai_error, serving, sse_chunks
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -30,6 +31,40 @@ def test_queue_answers_and_streams_through_the_gateway(runpod: LocalRunpod) -> N
         assert plain["choices"][0]["message"]["content"] == "queued"
         assert joined(sse_chunks_of(client, "streamed")) == "streamed"
         refused = client.post(COMPLETIONS, json={"model": "other", "messages": [{"role": "user", "content": "a"}]})
+        assert (refused.status_code, openai_error(refused.json())["code"]) == (404, "model_not_found")
+
+
+def test_every_wire_passes_the_queue(runpod: LocalRunpod) -> None:
+    with gateway(runpod) as client:
+        assert client.post("/v1/completions", json={"model": "echo", "prompt": "p"}).json()["choices"][0]["text"] == "p"
+        message = client.post("/v1/messages", json=chat("m", max_tokens=9)).json()
+        assert message["content"][0]["text"] == "m"
+        streamed = client.post("/v1/messages", json=chat("m", max_tokens=9, stream=True)).text
+        assert named_events(streamed)[-1] == {"type": "message_stop"}
+        assert client.post("/v1/messages/count_tokens", json=chat("m")).json()["input_tokens"] > 0
+        tokens = client.post("/tokenize", json={"prompt": "abc"}).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "abc"
+        unknown = client.post("/v1/embeddings", json={"model": "other", "input": "e"})
+        assert (unknown.status_code, openai_error(unknown.json())["code"]) == (404, "model_not_found")
+
+
+def test_stored_response_is_reached_through_the_queue(runpod: LocalRunpod) -> None:
+    with gateway(runpod) as client:
+        made = client.post("/v1/responses", json={"model": "echo", "input": "kept"}).json()["id"]
+        assert client.get(f"/v1/responses/{made}").json()["id"] == made
+        items = client.get(f"/v1/responses/{made}/input_items", params={"limit": 1}).json()["data"]
+        assert items[0]["content"][0]["text"] == "kept"
+        assert client.post(f"/v1/responses/{made}/cancel").status_code == 400
+        assert client.delete(f"/v1/responses/{made}").json()["deleted"] is True
+        assert client.get(f"/v1/responses/{made}").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusal_keeps_its_status_and_form_through_the_queue(runpod: LocalRunpod, stream: bool) -> None:
+    with gateway(runpod) as client:
+        refused = client.post("/v1/messages", json={**chat("m", max_tokens=9, stream=stream), "model": "other"})
+        assert (refused.status_code, message_error(refused)["type"]) == (404, "not_found_error")
+        refused = client.post(COMPLETIONS, json={**chat("m", stream=stream), "model": "other"})
         assert (refused.status_code, openai_error(refused.json())["code"]) == (404, "model_not_found")
 
 
