@@ -34,7 +34,15 @@ class Choice(Generic[T]):
     reason: str
 
 
-def preload_torch() -> None:
+def import_torch() -> None:
+    """Import torch as a server needs it.  Whatever loads a model calls this first; a later ``import torch`` is free."""
+    # Spinning OpenMP threads starve the event loop and each other; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _preload_torch()
+    importlib.import_module("torch")
+
+
+def _preload_torch() -> None:
     """Map torch's libraries without holding the GIL, so that ``import torch`` blocks the event loop less.
 
     ``import`` holds it for the whole ``dlopen`` (130-280 ms measured on two cores); a foreign call does not.

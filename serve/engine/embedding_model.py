@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from serve.engine.device import choose_device
+from serve.engine.device import choose_device, import_torch
 from serve.errors import ModelLoadError, OutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class EncoderModel:
     def __init__(
         self, folder: Path, *, pooling: str, normalizes: bool, device: str, trust_remote_code: bool = False
     ) -> None:
+        import_torch()
         import torch  # noqa: PLC0415
         from transformers import AutoModel  # noqa: PLC0415
 

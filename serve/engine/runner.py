@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import secrets
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,7 +15,7 @@ from serve.engine.device import (
     choose_device,
     choose_dtype,
     choose_threads,
-    preload_torch,
+    import_torch,
 )
 from serve.engine.scheduler import Batch, Scheduler
 from serve.engine.sizing import fit_cache
@@ -123,10 +121,7 @@ class TransformersRunner:
     def _import(self, phase: Phase, files: ModelFiles) -> None:
         with reading_ahead(sorted(files.folder.glob("*.safetensors")), available_ram()):
             with phase("import_torch"):
-                # Spinning OpenMP threads starve the event loop and each other; read when torch is imported.
-                os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-                preload_torch()
-                importlib.import_module("torch")
+                import_torch()
             with phase("import_transformers"):
                 from serve.engine import loader  # noqa: PLC0415
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,3 +210,22 @@ def test_embedder_survives_a_failed_batch(failure: Exception, caplog: pytest.Log
     assert isinstance(broken.exception(10), GenerationFailed)
     assert fine.result(10) == b"\x07"
     embedder.close()
+
+
+def test_embedder_that_loads_torch_first_leaves_its_threads_passive(tmp_path: Path) -> None:
+    """Spinning threads would slow every model of the process; the generating model is loaded later."""
+    program = (
+        "import os, pathlib, sys\n"
+        "from serve.engine.embedding_model import EncoderModel\n"
+        "try:\n"
+        "    EncoderModel(pathlib.Path(sys.argv[1]), pooling='mean', normalizes=True, device='cpu')\n"
+        "finally:\n"
+        "    print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert ran.stdout.split() == ["PASSIVE", "True"]
+    assert "transformers cannot load the embedding model" in ran.stderr
