@@ -163,24 +163,31 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     return isinstance(_quantization(config), dict)
 
 
+def quantization_method(config: Mapping[str, Any]) -> str:
+    """The method by transformers' name, such as ``fp8``; empty: the checkpoint is not quantised."""
+    quantization = _quantization(config)
+    if not isinstance(quantization, dict):
+        return ""
+    settings = cast("dict[str, Any]", quantization)
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(settings.get("quant_method") or "").lower() or "an unnamed method"
+
+
 def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
     """Refuse a quantised checkpoint whose package is missing or that ``device_type`` (cuda, cpu) cannot run.
 
     Raises:
         ModelLoadError: names the method, what it needs, and the alternative.
     """
-    quantization = _quantization(config)
-    if not isinstance(quantization, dict):
+    name = quantization_method(config)
+    if not name:
         return
-    settings = cast("dict[str, Any]", quantization)
-    name = str(settings.get("quant_method") or "").lower()
-    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        name = "bitsandbytes"
     other = "or take the checkpoint that it was quantised from"
     method = _METHODS.get(name)
     if method is None:
         raise ModelLoadError(
-            f"The checkpoint is quantised with {name or 'an unnamed method'}, which is not supported here. "
+            f"The checkpoint is quantised with {name}, which is not supported here. "
             "Take the checkpoint that it was quantised from, or one in gptq, awq or fp8."
         )
     if method.needs_gpu and device_type != "cuda":

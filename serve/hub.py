@@ -95,14 +95,14 @@ def open_snapshot(
             logger.warning("%s Using the complete copy in the cache, commit %s.", problem.message, found.revision)
             return found
         raise problem from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    listed = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     return Snapshot(
         folder=folder,
         revision=folder.name,
         from_cache=False,
         reason="the Hub was asked",
-        names=frozenset(sizes),
-        num_bytes=sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name),
+        names=frozenset(listed),
+        num_bytes=sum(size for name, size in listed.items() if name.endswith(".safetensors") and "/" not in name),
     )
 
 
@@ -116,6 +116,48 @@ def fetch(model: str, revision: str | None, names: Sequence[str]) -> Path:
         return _download(model, revision, names)
     except Exception as error:
         raise _explain(model, revision, error) from error
+
+
+def read_start(model: str, revision: str | None, name: str, num_bytes: int) -> bytes:
+    """The first ``num_bytes`` bytes of a file, or all of a shorter one; the rest is not downloaded.
+
+    Raises:
+        ModelLoadError: the Hub did not give it.
+    """
+    from huggingface_hub import get_session, hf_hub_url  # noqa: PLC0415
+    from huggingface_hub.utils import (  # noqa: PLC0415
+        build_hf_headers,  # pyright: ignore[reportUnknownVariableType]
+        hf_raise_for_status,
+    )
+
+    headers = build_hf_headers() | {"Range": f"bytes=0-{num_bytes - 1}"}
+    found = bytearray()
+    try:
+        url = hf_hub_url(model, name, revision=revision)
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            for part in response.iter_bytes():  # a server that ignores the range is not read to the end
+                found += part
+                if len(found) >= num_bytes:
+                    break
+    except Exception as error:
+        raise _explain(model, revision, error) from error
+    return bytes(found[:num_bytes])
+
+
+def sizes(model: str, revision: str | None) -> dict[str, int]:
+    """All files of a repository, and their bytes.
+
+    Raises:
+        ModelLoadError: the Hub did not say.
+    """
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=_INFO_TIMEOUT_S)
+    except Exception as error:
+        raise _explain(model, revision, error) from error
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
 def close_connections() -> None:

@@ -10,6 +10,7 @@ import os
 import shlex
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -124,44 +125,79 @@ def verify_file(path: Path) -> frozenset[str]:
     Raises:
         ModelLoadError: cut short, too long, or not safetensors at all.
     """
-    check_readable(path)
+    raw = read_header(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise _broken(path, f"it has only {size} bytes")
-        header_bytes: int = struct.unpack("<Q", start)[0]
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise _broken(path, _foreign(start) or "its header is not one of a safetensors file")
-        if 8 + header_bytes > size:
-            raise _broken(path, f"it is cut short: it has {size} bytes and its header alone needs {8 + header_bytes}")
-        raw = file.read(header_bytes)
-    spans = _spans(path, raw)
+    spans = {name: tensor.span for name, tensor in stored_tensors(path, raw).items()}
     end = 0
     for (_, previous), (begin, _) in pairwise([(0, 0), *sorted(spans.values())]):
         if begin != previous:
             raise _broken(path, "its header has a gap or an overlap between tensors")
     end = max((stop for _, stop in spans.values()), default=0)
-    expected = 8 + header_bytes + end
+    expected = 8 + len(raw) + end
     if size != expected:
         what = "it is cut short" if size < expected else "it is too long"
         raise _broken(path, f"{what}: it has {size} bytes and its header promises {expected}")
     return frozenset(spans)
 
 
-def _spans(path: Path, raw: bytes) -> dict[str, tuple[int, int]]:
+def read_header(path: Path) -> bytes:
+    """A safetensors file's header, a JSON object.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    check_readable(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        num_bytes = header_size(path, start)
+        if 8 + num_bytes > size:
+            raise _broken(path, f"it is cut short: it has {size} bytes and its header alone needs {8 + num_bytes}")
+        return file.read(num_bytes)
+
+
+def header_size(path: Path, start: bytes) -> int:
+    """The length of the header behind a file's first 8 bytes.
+
+    Raises:
+        ModelLoadError: they are not those of a safetensors file.
+    """
+    if len(start) < 8:
+        raise _broken(path, f"it has only {len(start)} bytes")
+    num_bytes: int = struct.unpack("<Q", start[:8])[0]
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise _broken(path, _foreign(start) or "its header is not one of a safetensors file")
+    return num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as a safetensors header describes it: format such as ``BF16``, shape, place in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    span: tuple[int, int]
+
+
+def stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors header by name.
+
+    Raises:
+        ModelLoadError: it is none.
+    """
     try:
-        header: Any = json.loads(raw)
-        spans: dict[str, tuple[int, int]] = {}
-        for name, entry in header.items():
+        entries: Any = json.loads(header)
+        tensors: dict[str, StoredTensor] = {}
+        for name, entry in entries.items():
             if name != "__metadata__":
                 begin, stop = entry["data_offsets"]
                 if not 0 <= begin <= stop:
                     raise ValueError(name)
-                spans[name] = (int(begin), int(stop))
+                shape = tuple(int(size) for size in entry.get("shape", ()))
+                tensors[name] = StoredTensor(str(entry.get("dtype", "")), shape, (int(begin), int(stop)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _broken(path, "its header is not one of a safetensors file") from None
-    return spans
+    return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Hub:
         self.cut_after: int | None = None
         self.requests: list[str] = []
         self.credentials: set[str] = set()
+        self.ranges: set[str] = set()
         self.port = 0
 
     def publish(self, name: str, files: dict[str, bytes], commit: str = NEW) -> None:
@@ -73,8 +74,12 @@ def serving_hub() -> Iterator[Hub]:
             status, headers, body = hub.answer(self.path)
             hub.requests.append(f"{self.command} {self.path.split('?')[0]}")
             hub.credentials.add(self.headers.get("Authorization", ""))
-            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-            self.send_response(206 if begin else status)
+            asked = self.headers.get("Range", "bytes=0-")
+            hub.ranges.add(asked)
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin = int(first)
+            body = body[: int(last) + 1] if last else body
+            self.send_response(206 if (begin or last) and status == 200 else status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body) - begin))

@@ -25,6 +25,13 @@ def validator(name: str) -> Any:
 CREATE, UPDATE = validator("CreateEndpointRequest"), validator("UpdateEndpointRequest")
 
 
+def gpu(name: str, pool: str, price: float) -> Json:
+    """A type of GPU as the catalogue's published example has it."""
+    prices = {"secure": price / 2, "community": price / 3, "serverless": price}
+    shape = {"manufacturer": "NVIDIA", "memory": 24, "secure": True, "community": True, "availability": "HIGH"}
+    return {"id": name, "name": name, "pool": pool, **shape, "price": prices, "maxCount": {"secure": 8, "community": 4}}
+
+
 class Refused(Exception):
     """A problem+json answer."""
 
@@ -49,6 +56,10 @@ class FakeRunpodApi:
         match method, path.strip("/").split("/")[1:]:
             case "GET", ["serverless"]:
                 return 200, {"endpoints": list(self.endpoints.values())}
+            case "GET", ["catalog", "gpus"]:
+                return 200, {
+                    "gpus": [gpu("NVIDIA GeForce RTX 4090", "ADA_24", 1.1), gpu("NVIDIA H200", "HOPPER_141", 5.5)]
+                }
             case "POST", ["serverless"]:
                 return 201, self.create(body)
             case "GET", ["serverless", endpoint_id]:

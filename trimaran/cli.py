@@ -13,6 +13,7 @@ import click
 from serve.errors import ServeError
 from trimaran.deploy.commands import deploy
 from trimaran.emulate.commands import emulate
+from trimaran.plan.command import plan
 from trimaran.usage import usage
 
 
@@ -109,6 +110,7 @@ def demo_model(embedding: bool) -> None:
 
 main.add_command(emulate)
 main.add_command(deploy)
+main.add_command(plan)
 main.add_command(usage)
 
 

@@ -41,11 +41,6 @@ KNOBS = {  # SERVE_MODAL_<name>: its default, and what it does.  docs/reference/
     "LABEL": ("", "Own label in the address of `web`: `<workspace>--<label>.modal.run`."),
     "NAME": ("", "The app's name. Default: from the model's."),
 }
-GB_OF_GPUS = (
-    "T4:16 L4:24 A10:24 A10G:24 L40S:48 A100:40 A100-40GB:40 A100-80GB:80 RTX-PRO-6000:96 "
-    "H100:80 H100!:80 H200:141 B200:180 B200+:180 B300:270"
-)
-GPUS = {name: int(size) for name, size in (pair.split(":") for pair in GB_OF_GPUS.split())}
 PREFIX, MODELS, TEMPLATE = "SERVE_MODAL_", "/models", "/root/chat_template.jinja"
 PORT, GB, UV, WEB_WRITES_PER_S = 8000, 1_000_000_000, "0.9.5", 200  # a write is a call of Modal's relay: 0.5 ms of CPU
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -116,32 +111,35 @@ def make_plan() -> SimpleNamespace:
 
 def check_gpus(gpus: list[str], placement: Any) -> None:
     """Modal's client takes any name; the cloud would then fail."""
+    from serve.cards import MODAL, modal_card  # noqa: PLC0415
+
     for gpu in gpus:
-        if gpu.partition(":")[0] not in GPUS:
-            refuse(f"{PREFIX}GPU={gpu} is not a GPU of Modal's; take one of {', '.join(GPUS)}")
+        if gpu.partition(":")[0] not in MODAL:
+            refuse(f"{PREFIX}GPU={gpu} is not a GPU of Modal's; take one of {', '.join(MODAL)}")
         if ":" in gpu:
             refuse(f"{PREFIX}GPU={gpu}: the engine uses one GPU, and you would pay for all; name one without a number")
     needed = placement.num_bytes * 1.1 / GB  # there is no serving without a cache
-    if placement.is_certain and (small := [gpu for gpu in gpus if GPUS[gpu] < needed]):
-        fitting = ", ".join(gpu for gpu in GPUS if GPUS[gpu] >= needed) or "none that Modal has"
+    if placement.is_certain and (small := [gpu for gpu in gpus if modal_card(gpu).memory_gb < needed]):
+        fitting = ", ".join(gpu for gpu in MODAL if modal_card(gpu).memory_gb >= needed) or "none that Modal has"
         refuse(f"{PREFIX}GPU={small[0]} is too small for {placement.num_bytes / GB:.0f} GB of weights; take {fitting}")
 
 
 def choose_snapshot(knob: Any, placement: Any, has_gpu: bool) -> str:
-    """``auto``: below 10 GB most of a start is imports; above, reading a snapshot takes longer than the files."""
+    """``auto``: where it shortens a start."""
     wanted = knob.choice("SNAPSHOT", "auto", "off", "cpu", "gpu")
     if wanted == "gpu" and not has_gpu:
         refuse(f"{PREFIX}SNAPSHOT=gpu needs {PREFIX}GPU")
-    return wanted if wanted != "auto" else "off" if placement.is_quantized or placement.num_bytes >= 10 * GB else "cpu"
+    return wanted if wanted != "auto" else "cpu" if placement.gains_from_snapshot else "off"
 
 
 def hardware(knob: Any, gpus: list[str], num_bytes: int, snapshot: str) -> dict[str, Any]:
-    """Memory holds the weights where they pass through it: for a snapshot, and (twice, as float32) without a GPU."""
-    memory = 4096 + num_bytes / 2**20 * (2.5 if not gpus else 0.25 if snapshot == "off" else 1.25)
+    """GPU, memory and cores of a container."""
+    from serve.placement import host_cores, host_memory_mib  # noqa: PLC0415
+
     return {
         "gpu": gpus if len(gpus) > 1 else gpus[0] if gpus else None,
-        "memory": knob.count("MEMORY", 512, 344_064) or -(-int(memory) // 256) * 256,
-        "cpu": knob.number("CPU", 0.125, 64) or (2.0 + min(6, num_bytes // (8 * GB)) if gpus else 8.0),
+        "memory": knob.count("MEMORY", 512, 344_064) or host_memory_mib(num_bytes, bool(gpus), snapshot != "off"),
+        "cpu": knob.number("CPU", 0.125, 64) or host_cores(num_bytes, bool(gpus)),
         "experimental_options": {"enable_gpu_snapshot": True} if snapshot == "gpu" else None,
     }
 

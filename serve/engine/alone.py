@@ -100,7 +100,7 @@ class AloneForward:
         for end in range(start, NUM_PROBE_TOKENS + 1):
             logits, cache = self._run(tokens[:end], cache)
             got.append(logits)
-            num_bytes.append(_num_bytes(cache))
+            num_bytes.append(num_bytes_below(cache))
         if cache is None:
             raise ModelLoadError(f"{name} gives no cache away, so requests cannot take turns: it cannot be served")
         off_by = gate.off_by(expected[start - 1 :], torch.cat(got).float())
@@ -112,7 +112,7 @@ class AloneForward:
         return max(0, num_bytes[-1] - num_bytes[-2])
 
 
-def _num_bytes(kept: Any) -> int:
+def num_bytes_below(kept: Any) -> int:
     """Bytes of all tensors below ``kept``."""
     seen: set[int] = set()
 

@@ -52,14 +52,14 @@ class _Survey:
         self.num_calls = 0
         self.patterns: dict[int, Pattern] = {}
         self.cache = KVCache(2, 1, model.dtype, model.device)
+        self._has_values = model.device.type != "meta"
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: MaskFunction, **options: Any) -> Tensor:
         """Stands for transformers' mask builders: remembers the description behind each mask."""
         if isinstance(size := options.get("local_size"), int):
             self._sizes.add(size)
-        # Its address is its name, also after a model has cut it to the length of the keys.
         made = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=options.get("device"))
-        self._masks[made.data_ptr()] = mask_function, made
+        self._masks[_storage(made)] = mask_function, made
         return made
 
     def attend(
@@ -85,7 +85,7 @@ class _Survey:
             raise NotBatchable(f"its attention has the shape {tuple(query.shape)} over {tuple(key.shape)}")
         if isinstance(size := options.get("sliding_window"), int):
             self._sizes.add(size)
-        found = None if attention_mask is None else self._masks.get(attention_mask.data_ptr())
+        found = None if attention_mask is None else self._masks.get(_storage(attention_mask))
         if found is None:
             raise NotBatchable("it makes its attention mask itself")
         self.patterns[layer] = self._pattern(found[0], layer)
@@ -94,10 +94,21 @@ class _Survey:
 
     def _pattern(self, mask: MaskFunction, layer: int) -> Pattern:
         candidates = [FULL, *(Pattern(kind, size) for size in self._sizes for kind in (Kind.SLIDING, Kind.CHUNKED))]
-        for candidate in candidates:
-            if agrees(candidate, mask, self._sizes):
-                return candidate
+        try:
+            for candidate in candidates:
+                if agrees(candidate, mask, self._sizes):
+                    return candidate
+        except RuntimeError:
+            if self._has_values:
+                raise
+            return FULL  # a mask without values, of a model without weights: nothing is ever computed with it
         raise NotBatchable(f"layer {layer} sees other tokens than full, sliding or chunked attention would")
+
+
+def _storage(mask: Tensor) -> int:
+    """What names a mask, also after a model has cut it to the length of the keys, and on the meta device."""
+    storage: Any = mask.untyped_storage()
+    return storage._cdata
 
 
 def agrees(pattern: Pattern, mask: MaskFunction, sizes: Iterable[int]) -> bool:

@@ -13,7 +13,8 @@ from fake_runpod import CREATE, KEY, FakeRunpodApi, serving_runpod_api
 from trimaran.cli import main
 from trimaran.platforms.runpod import api as api_module
 from trimaran.platforms.runpod.api import RunpodApi
-from trimaran.platforms.runpod.endpoint import POOLS, EndpointSpec, create_body
+from trimaran.platforms.runpod.endpoint import EndpointSpec, create_body
+from trimaran.platforms.runpod.pools import POOLS
 
 IMAGE = "docker.io/me/trimaran:runpod"
 NEW = ("--name", "chat", "--image", IMAGE, "--model", "owner/name")
@@ -200,7 +201,7 @@ def test_every_setting_makes_a_valid_body(mode):
         mode=mode,
         image=IMAGE,
         model="a/b",
-        pools=POOLS,
+        pools=tuple(POOLS),
         excluded=("NVIDIA L4",),
         gpu_count=2,
         min_cuda="12.8",

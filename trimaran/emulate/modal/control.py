@@ -38,6 +38,8 @@ class ControlPlane:
         self.functions: dict[str, pb.FunctionCreateRequest] = {}
         self.metadata: dict[str, pb.FunctionHandleMetadata] = {}
         self.published: pb.AppPublishRequest | None = None
+        self.rates: dict[str, str] = {}
+        """Dollars a unit and hour, as ``modal billing rates`` shows them."""
         self._ids = itertools.count(1)
 
     def new_id(self, prefix: str) -> str:
@@ -63,6 +65,13 @@ class ControlPlane:
         """None yet."""
         del request
         return pb.AppGetByDeploymentNameResponse()
+
+    async def workspace_billing_rates(
+        self, request: pb.WorkspaceBillingRatesRequest
+    ) -> pb.WorkspaceBillingRatesResponse:
+        """Today's prices."""
+        del request
+        return pb.WorkspaceBillingRatesResponse(rates=self.rates)
 
     async def app_publish(self, request: pb.AppPublishRequest) -> pb.AppPublishResponse:
         """The deploy is complete."""

@@ -9,12 +9,11 @@ from serve.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One instance type: its name in a Blueprint, CPUs, memory, and dollars a month where a price was seen."""
+    """One instance type: its name in a Blueprint, CPUs and memory.  Prices: ``trimaran/platforms/prices.csv``."""
 
     name: str
     num_cpus: float
     memory_mb: int
-    usd_month: float | None = None
 
     @property
     def api_name(self) -> str:
@@ -28,13 +27,13 @@ class Plan:
 
 
 NAMED = (
-    Plan("free", 0.1, 512, 0),
-    Plan("starter", 0.5, 512, 7),
-    Plan("standard", 1, 2048, 25),
-    Plan("pro", 2, 4096, 85),
-    Plan("pro plus", 4, 8192, 175),
-    Plan("pro max", 4, 16384, 225),
-    Plan("pro ultra", 8, 32768, 450),
+    Plan("free", 0.1, 512),
+    Plan("starter", 0.5, 512),
+    Plan("standard", 1, 2048),
+    Plan("pro", 2, 4096),
+    Plan("pro plus", 4, 8192),
+    Plan("pro max", 4, 16384),
+    Plan("pro ultra", 8, 32768),
 )
 """The names that every Blueprint accepts, smallest first."""
 
@@ -57,9 +56,14 @@ WEIGHTS_FACTOR = 1.2
 """Memory per byte of weights: some are copied into another layout for the CPU's matrix products."""
 
 
-def needed_mb(num_weight_bytes: int) -> int:
-    """Megabytes of memory that a model of this size needs on a CPU; an estimate, on the safe side."""
-    return RUNTIME_MB + round(num_weight_bytes * WEIGHTS_FACTOR / 2**20)
+def needed_mb(num_weight_bytes: int, num_cache_bytes: int = 0) -> int:
+    """Megabytes of memory that a model of this size needs on a CPU; an estimate, on the safe side.
+
+    Args:
+        num_weight_bytes: Of the weights as they are loaded.
+        num_cache_bytes: Of the KV cache, beyond what fits beside a small model anyway.
+    """
+    return RUNTIME_MB + round((num_weight_bytes * WEIGHTS_FACTOR + num_cache_bytes) / 2**20)
 
 
 def smallest_plan(num_weight_bytes: int) -> Plan:

@@ -96,6 +96,10 @@ class RunpodApi:
         """The configurations so far, newest first."""
         return self._call("GET", f"/v2/serverless/{endpoint_id}/releases")["releases"]
 
+    def gpus(self) -> list[Json]:
+        """The types of GPU for serverless workers, each with its pool and its price an hour."""
+        return self._call("GET", "/v2/catalog/gpus?include=AVAILABILITY&product=SERVERLESS")["gpus"]
+
     def logs(self, endpoint_id: str, worker_id: str, tail: int, quiet_s: float) -> Iterator[Json]:
         """A worker's log lines, the last ``tail`` first; ends when none came for ``quiet_s`` seconds."""
         path = f"/v2/serverless/{endpoint_id}/workers/{worker_id}/logs"

@@ -8,12 +8,6 @@ from typing import Any
 
 from serve.errors import ConfigError
 
-POOLS = (
-    *("AMPERE_16", "AMPERE_24", "ADA_24", "ADA_32_PRO", "AMPERE_48", "ADA_48_PRO"),
-    *("AMPERE_80", "ADA_80_PRO", "BLACKWELL_96", "HOPPER_141", "BLACKWELL_180"),
-)
-"""GPU pools that were known when this was written; the API refuses what it does not know."""
-
 TORCH_CUDA = "13.0"
 """What the torch wheel of the default image was built for; workers with an older driver could not run it."""
 

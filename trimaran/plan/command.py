@@ -1,0 +1,112 @@
+"""``trimaran plan``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimaran.plan.offers import Wishes
+    from trimaran.platforms.prices import PriceList
+
+PLATFORMS = ("modal", "runpod", "render")
+PER = {"s": 3600.0, "min": 60.0, "h": 1.0, "d": 1 / 24}
+
+
+def _requests_per_hour(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)/(s|min|h|d)", value.strip())
+    if not found or float(found[1]) == 0:
+        raise click.BadParameter(f"{value!r}: write requests and a time, such as 60/h, 2/s, 10/min or 500/d")
+    return float(found[1]) * PER[found[2]]
+
+
+@click.command(epilog="Example: trimaran plan Qwen/Qwen3-4B --load 60/h --prompt 500 --out 300 --concurrency 8")
+@click.argument("model", required=False)
+@click.option("--revision", help="Commit, tag or branch at the Hub.")
+@click.option("--gguf", "gguf_file", metavar="FILE", help="A GGUF file of the repository or folder, to be planned.")
+@click.option("--load", "per_hour", default="60/h", show_default=True, callback=_requests_per_hour, help="Requests.")
+@click.option("--prompt", type=click.IntRange(1), default=500, show_default=True, help="Tokens of a prompt.")
+@click.option("--out", "output", type=click.IntRange(1), default=300, show_default=True, help="Tokens of an answer.")
+@click.option("--context", type=click.IntRange(16), help="Tokens of a sequence.  Default: the model's, at most 8192.")
+@click.option(
+    "--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once, at least."
+)
+@click.option("--platform", "platforms", multiple=True, type=click.Choice(PLATFORMS), help="Only these; repeatable.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Of one request.  Default: an estimate.")
+@click.option("--cold-start", type=click.FloatRange(0), help="Seconds of a boot.  Default: an estimate.")
+@click.option("--idle", type=click.FloatRange(0), help="Seconds until it sleeps.  Default: our deploys' own.")
+@click.option("--always-on", type=click.FloatRange(0, min_open=True), help="$/h to compare with.  Default: cheapest.")
+@click.option("--refresh", is_flag=True, help="Ask the platforms for today's prices first, and keep them.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw cost over load into this .svg or .png file.")
+@click.option("--all", "shows_all", is_flag=True, help="Say of the other machines why they do not fit.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(model: str | None, **options: Any) -> None:
+    """Where does MODEL fit, what does it cost under a load, and how often does a user wait for a boot?
+
+    MODEL is a folder, a Hugging Face id or a GGUF file; default: SERVE_MODEL.  Weights are not downloaded: headers of
+    files are read, and the model runs once without values.  No account is needed.  Status 0 when it fits somewhere,
+    1 when nowhere.
+    """
+    from trimaran.plan import offers, report  # noqa: PLC0415
+    from trimaran.plan.need import examine  # noqa: PLC0415
+
+    model = model or os.environ.get("SERVE_MODEL", "")
+    if not model:
+        raise ConfigError("name a model: trimaran plan FOLDER or owner/name (or set SERVE_MODEL)")
+    wishes = _wishes(options)
+    prices, warning = _prices(options["refresh"], wishes.platforms)
+    click.echo(f"Examining {model} ...", err=True)
+    need = examine(model, options["revision"], options["context"], options["gguf_file"])
+    made = offers.make_plan(need, wishes, prices)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(json.dumps(report.as_json(made, warning), indent=2) if options["as_json"] else _text(made, options))
+    if options["chart"] is not None:
+        from trimaran.plan.chart import draw  # noqa: PLC0415
+
+        draw(made, options["chart"])
+        click.echo(f"Wrote {options['chart']}", err=True)
+    click.get_current_context().exit(0 if made.fitting else 1)
+
+
+def _text(made: Any, options: dict[str, Any]) -> str:
+    from trimaran.plan import report  # noqa: PLC0415
+
+    return report.as_text(made, options["shows_all"])
+
+
+def _wishes(options: dict[str, Any]) -> Wishes:
+    from trimaran.plan.economics import Load  # noqa: PLC0415
+    from trimaran.plan.offers import Wishes  # noqa: PLC0415
+
+    return Wishes(
+        load=Load(per_hour=options["per_hour"], prompt_tokens=options["prompt"], output_tokens=options["output"]),
+        concurrency=options["concurrency"],
+        platforms=options["platforms"] or PLATFORMS,
+        service_s=options["seconds"],
+        cold_s=options["cold_start"],
+        idle_s=options["idle"],
+        always_on=options["always_on"],
+    )
+
+
+def _prices(is_refreshed: bool, platforms: tuple[str, ...]) -> tuple[PriceList, str | None]:
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from trimaran.platforms.prices import load_prices, refresh  # noqa: PLC0415
+
+    today = datetime.now(UTC).date()
+    if not is_refreshed:
+        prices = load_prices()
+        return prices, prices.warning(platforms, today)
+    click.echo("Asking the platforms for prices ...", err=True)
+    prices, said = refresh(today)
+    click.echo("\n".join(said), err=True)
+    return prices, prices.warning(platforms, today)

@@ -1,0 +1,228 @@
+"""What a model needs in memory, found without its weights: configuration, headers of files, a run without values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from serve import checkpoint, hub, weights
+from serve.cards import FLOAT8, Card
+from serve.errors import ConfigError, ModelLoadError
+from serve.source import DEFAULT_MAX_MODEL_LEN
+from serve.weight_files import StoredTensor, header_size, read_header, stored_tensors
+from trimaran.plan.dry_run import DryRun, dry_run
+from trimaran.plan.gguf_header import GgufHeader, read_gguf
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Of the formats that a loader turns into the one that it computes in; others stay as they are."""
+
+PREFILL_CHUNK_TOKENS = 512
+FIRST_READ = 2**18
+EXACT, FORMULA = "dry run without weights", "formula"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """One model's appetite.  Bytes are those of the loaded model in a 2-byte format; ``stored_bytes`` of its files.
+
+    ``kv_bytes_per_sequence`` is what one sequence of ``context`` tokens takes of the engine's cache, and
+    ``own_cache_bytes`` what transformers' own cache would take for it (0: unknown).
+    """
+
+    model: str
+    num_parameters: int
+    stored_bytes: int
+    weight_bytes: int
+    quantization: str
+    adapter_bytes: int
+    context: int
+    kv_bytes_per_token: int
+    kv_bytes_per_sequence: int
+    own_cache_bytes: int
+    method: str
+    runs_in_batches: bool
+    hidden_size: int
+    vocab_size: int
+    notes: tuple[str, ...] = ()
+
+    def weight_bytes_on(self, card: Card | None) -> int:
+        """What the weights take on a card; None is a CPU.  fp8 is unpacked where nothing computes in it."""
+        lacks_fp8 = card is None or card.capability < FLOAT8
+        if self.quantization in {"fp8", "mxfp8"} and lacks_fp8:
+            return max(self.weight_bytes, 2 * self.num_parameters)
+        return self.weight_bytes
+
+    def activation_bytes(self, num_sequences: int) -> int:
+        """What a step needs beside weights and cache: a chunk of a prompt, or everybody's logits."""
+        tokens = PREFILL_CHUNK_TOKENS if self.runs_in_batches else self.context
+        return max(tokens * self.hidden_size * 8 * 2, num_sequences * self.vocab_size * 4)
+
+
+def examine(model: str, revision: str | None, context: int | None, gguf_file: str | None = None) -> Need:
+    """Find out what a model needs, without downloading or reading weights.
+
+    Args:
+        model: A folder, a GGUF file, or a Hub id; also of a LoRA adapter.
+        revision: Branch, tag or commit at the Hub.
+        context: Tokens of a sequence; None: the model's, at most what the server takes without a setting.
+        gguf_file: A file of a repository of GGUF files.
+
+    Raises:
+        ServeError: it cannot be found, read or served.
+    """
+    if gguf_file is not None or model.endswith(".gguf"):
+        return _gguf_need(model, revision, context, gguf_file)
+    weights.check_name(model, "MODEL")
+    source = weights.locate(model, revision)
+    own = checkpoint.context_length(source.config)
+    if context and own and context > own:
+        raise ConfigError(f"--context {context} exceeds the model's context of {own} tokens; lower it")
+    context = context or min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    stored = list(_stored(source))
+    need = _from_config(source.config, model, context, stored)
+    if not need.quantization:  # quantised weights are loaded as they are stored
+        need = replace(need, weight_bytes=sum(_loaded_bytes(tensor) for tensor in stored))
+    ran = dry_run(source.folder, "bfloat16", context)
+    need = _after_run(need, ran) if isinstance(ran, DryRun) else _with_note(need, f"cache by formula: {ran}")
+    if source.adapter_source is not None:
+        size = sum(_size(tensor) for tensor in _stored(source.adapter_source))
+        need = _with_note(replace(need, adapter_bytes=size), "the LoRA adapter is merged: weights as of its base")
+    return need
+
+
+def _stored(source: weights.ModelSource) -> Iterable[StoredTensor]:
+    for name in source.weight_files:
+        path = source.folder / name
+        if path.exists():
+            header = read_header(path)
+        else:
+            start = hub.read_start(source.model, source.revision, name, FIRST_READ)
+            end = 8 + header_size(path, start)
+            whole = start if end <= len(start) else hub.read_start(source.model, source.revision, name, end)
+            header = whole[8:end]
+        yield from stored_tensors(path, header).values()
+
+
+def _size(tensor: StoredTensor) -> int:
+    return tensor.span[1] - tensor.span[0]
+
+
+def _loaded_bytes(tensor: StoredTensor) -> int:
+    wide = BYTES.get(tensor.dtype)
+    return _size(tensor) if wide is None else _size(tensor) // wide * 2
+
+
+def _after_run(need: Need, ran: DryRun) -> Need:
+    per_sequence = need.context * ran.kv_bytes_per_token if not ran.reason else ran.own_cache_bytes
+    need = replace(
+        need,
+        num_parameters=ran.num_parameters,
+        weight_bytes=need.weight_bytes if need.quantization else ran.weight_bytes,
+        kv_bytes_per_token=ran.kv_bytes_per_token or per_sequence // need.context,
+        kv_bytes_per_sequence=per_sequence,
+        own_cache_bytes=ran.own_cache_bytes,
+        method=EXACT,
+        runs_in_batches=not ran.reason,
+    )
+    return _with_note(need, f"one request at a time: {ran.reason}") if ran.reason else need
+
+
+def _with_note(need: Need, note: str) -> Need:
+    return replace(need, notes=(*need.notes, note))
+
+
+def _from_config(config: Mapping[str, Any], model: str, context: int, stored: list[StoredTensor]) -> Need:
+    text: Mapping[str, Any] = config.get("text_config") or config
+    heads = _number(text, "num_attention_heads", "n_head", "n_heads")
+    hidden = _number(text, "hidden_size", "n_embd", "d_model")
+    head_dim = _number(text, "head_dim") or (hidden // heads if heads else 0)
+    layers = _number(text, "num_hidden_layers", "n_layer", "n_layers")
+    per_token = 2 * layers * (_number(text, "num_key_value_heads") or heads) * head_dim * 2
+    total = sum(_size(tensor) for tensor in stored)
+    return Need(
+        model=model,
+        num_parameters=sum(_num_values(tensor) for tensor in stored),
+        stored_bytes=total,
+        weight_bytes=total,
+        quantization=checkpoint.quantization_method(config),
+        adapter_bytes=0,
+        context=context,
+        kv_bytes_per_token=per_token,
+        kv_bytes_per_sequence=per_token * context,
+        own_cache_bytes=0,
+        method=FORMULA,
+        runs_in_batches=True,
+        hidden_size=hidden,
+        vocab_size=checkpoint.vocab_size(config) or 0,
+    )
+
+
+def _num_values(tensor: StoredTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    found = next((value for name in names if isinstance(value := config.get(name), int)), 0)
+    return int(found)
+
+
+def _gguf_need(model: str, revision: str | None, context: int | None, name: str | None) -> Need:
+    path = Path(model).expanduser()
+    if path.is_dir() and name:
+        path, name = path / name, None
+    if name is None:
+        if not path.is_file():
+            raise ConfigError(f"{model} does not exist: name a GGUF file, or a Hub id with --gguf FILE")
+        size = path.stat().st_size
+
+        def read(count: int) -> bytes:
+            with path.open("rb") as file:
+                return file.read(count)
+    else:
+        size = _hub_size(model, revision, name)
+
+        def read(count: int) -> bytes:
+            return hub.read_start(model, revision, str(name), count)
+
+    return _from_gguf(read_gguf(read, name or model), name or model, size, context)
+
+
+def _hub_size(model: str, revision: str | None, name: str) -> int:
+    sizes = hub.sizes(model, revision)
+    if name not in sizes:
+        found = ", ".join(sorted(other for other in sizes if other.endswith(".gguf"))) or "none"
+        raise ModelLoadError(f"{model} has no file {name}; its GGUF files: {found}")
+    return sizes[name]
+
+
+def _from_gguf(header: GgufHeader, name: str, size: int, context: int | None) -> Need:
+    own = header.number("context_length")
+    context = context or min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    heads, hidden = header.number("attention.head_count") or 0, header.number("embedding_length") or 0
+    width = hidden // heads if heads else 0
+    key = header.number("attention.key_length") or width
+    value = header.number("attention.value_length") or width
+    kv_heads = header.number("attention.head_count_kv") or heads
+    per_token = (header.number("block_count") or 0) * kv_heads * (key + value) * 2
+    return Need(
+        model=name,
+        num_parameters=header.num_parameters,
+        stored_bytes=size - header.data_start,
+        weight_bytes=size - header.data_start,
+        quantization="gguf",
+        adapter_bytes=0,
+        context=context,
+        kv_bytes_per_token=per_token,
+        kv_bytes_per_sequence=per_token * context,
+        own_cache_bytes=0,
+        method=FORMULA,
+        runs_in_batches=True,
+        hidden_size=hidden,
+        vocab_size=len(header.metadata.get("tokenizer.ggml.tokens") or ()),
+        notes=("the engine serves no GGUF: take the safetensors checkpoint that it was made from, and plan that",),
+    )
