@@ -15,6 +15,7 @@ from serve.api import (
     completions,
     embeddings,
     health,
+    invocations,
     messages,
     models,
     pages,
@@ -133,7 +134,7 @@ def create_app(
     app.state.records = records
     app.state.responses = ResponseStore(settings.stored_responses, settings.stored_response_bytes)
     install_handlers(app)
-    for router in (*_model_routers(app, settings), health.router, pages.router):
+    for router in (*_model_routers(app, settings), invocations.router, health.router, pages.router):
         app.include_router(router)
     pages.mount_assets(app)
     return app

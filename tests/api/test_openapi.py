@@ -30,6 +30,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/responses/input_tokens": {"model": "echo", "input": "generated"},
     "/v1/messages": {"model": "echo", "messages": chat("generated")["messages"], "max_tokens": 20},
     "/v1/messages/count_tokens": {"model": "echo", "messages": chat("generated")["messages"]},
+    "/invocations": {"model": "echo", "prompt": "generated"},
 }
 """What makes a generated body one that succeeds."""
 FREE = {"temperature", "top_p", "seed", "logprobs", "stream", "user", "metadata", "echo", "return_token_strs", "top_k",
