@@ -104,8 +104,8 @@ def _routes(routes: Sequence[Any]) -> Iterator[Any]:
 def _section(route: APIRoute) -> str:
     method = min(route.methods or {"GET"})
     text = f"\n## {method} {route.path}\n\n{route.summary}. {_plain(route.description)}\n"
-    if route.body_field is not None:
-        body: type[BaseModel] = cast("Any", route.body_field).field_info.annotation
+    body: Any = cast("Any", route.body_field).field_info.annotation if route.body_field is not None else None
+    if hasattr(body, "model_json_schema"):  # a plain object goes on to a route with a schema
         text += "\n| field | type | status | |\n|---|---|---|---|\n" + "\n".join(_request_rows(body)) + "\n"
     if route.dependant.query_params:
         rows = [
