@@ -1,4 +1,4 @@
-"""The words that some settings may take, and what else is known of a setting's value."""
+"""The words that some settings may take, what else is known of a value, and what is said of a wrong one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import BaseSettings
 
+from serve.errors import ConfigError
 from serve.folders import default_cache
 
 
@@ -95,3 +97,20 @@ def name_of(model: str) -> str:
     folder = Path(model).expanduser()
     # Not resolve(): the name of a link is the operator's choice.
     return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100
+
+
+def wrong_values(error: ValidationError, settings: type[BaseSettings]) -> ConfigError:
+    """What is wrong with each variable of a settings class: its name, its value (secrets left out) and the remedy."""
+    return ConfigError("\n".join(_wrong_value(problem, settings) for problem in error.errors()))
+
+
+def _wrong_value(problem: Any, settings: type[BaseSettings]) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    variable = name if name.isupper() else settings.model_config.get("env_prefix", "") + name.upper()
+    field = settings.model_fields.get(name)
+    is_secret = field is not None and "Secret" in str(field.annotation)
+    shown = "" if is_secret else f"={problem['input']!r}"
+    return f"{variable}{shown}: {message}"

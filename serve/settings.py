@@ -17,7 +17,6 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serve.engine.base import EngineConfig
-from serve.errors import ConfigError
 from serve.limits import Allowance
 from serve.setting_values import (
     Device,
@@ -30,6 +29,7 @@ from serve.setting_values import (
     holds_model,
     name_of,
     written,
+    wrong_values,
 )
 
 PREFIX = "SERVE_"
@@ -252,18 +252,7 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _explain(problem: Any) -> str:
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not problem["loc"]:
-        return message
-    name = str(problem["loc"][0])
-    variable = name if name.isupper() else PREFIX + name.upper()
-    is_secret = "Secret" in str(Settings.model_fields[name].annotation) if name in Settings.model_fields else False
-    shown = "" if is_secret else f"={problem['input']!r}"
-    return f"{variable}{shown}: {message}"
+        raise wrong_values(error, Settings) from None
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

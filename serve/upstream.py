@@ -18,7 +18,7 @@ COLD = frozenset({502, 503})
 
 _QUEUE = re.compile(r"/v2/[^/]+$")
 _FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
-_REFUSALS = (b'data: {"error"', b'data: {"type": "error"')
+_REFUSALS = (b'data: {"error"', b"event: error\n")
 """How the only piece of a stream begins that was refused."""
 
 POLL_S, MAX_POLL_S = 0.2, 2.0

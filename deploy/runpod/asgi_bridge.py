@@ -74,15 +74,24 @@ class Exchange:
     """One request in the app.
 
     Made by :meth:`AppThread.open` on the reader's loop.  :meth:`start`, then :meth:`read` until None; :meth:`close` at
-    any time, from any thread, any number of times.
+    any time, from any thread, any number of times.  ``ended`` is called on the reader's loop when the app has done its
+    part, though much of it may not have been read.
     """
 
-    def __init__(self, app: Any, loop: asyncio.AbstractEventLoop, scope: dict[str, Any], body: bytes) -> None:
+    def __init__(
+        self,
+        app: Any,
+        loop: asyncio.AbstractEventLoop,
+        scope: dict[str, Any],
+        body: bytes,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
         self._app = app
         self._app_loop = loop
         self._reader_loop = asyncio.get_running_loop()
         self._scope = scope
         self._body: bytes | None = body
+        self._ended = ended
         self._messages: deque[Message | None] = deque()  # append and popleft are atomic
         self._arrived = asyncio.Event()
         self._gone = asyncio.Event()
@@ -104,6 +113,9 @@ class Exchange:
             self._failure = error
         finally:
             self._put(None)
+            if self._ended is not None:
+                with suppress(RuntimeError):  # the reader's loop ended before
+                    self._reader_loop.call_soon_threadsafe(self._ended)
 
     async def _receive(self) -> Message:
         if self._body is not None:
@@ -222,9 +234,9 @@ class AppThread:
             raise RuntimeError("the app was not started")
         return self._loop
 
-    def open(self, request: AppRequest) -> Exchange:
+    def open(self, request: AppRequest, ended: Callable[[], None] | None = None) -> Exchange:
         """Begin one request; call it on the loop that reads the answer."""
-        return Exchange(self._app, self.loop, scope_of(request, self._caller_key), request.body)
+        return Exchange(self._app, self.loop, scope_of(request, self._caller_key), request.body, ended)
 
     def call(self, function: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Call ``function`` on the app's loop, from another thread."""

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,9 +89,11 @@ def serve_queue(settings: Settings, own: RunpodSettings) -> int:
     def end_requests() -> None:
         asyncio.run_coroutine_threadsafe(lifecycle.drain(0.0), thread.loop).result(5)
 
+    answered: list[Callable[[str], None]] = []
     start(
-        make_handler(thread, settings.served_name, num_slots),
+        make_handler(thread, settings.served_name, num_slots, answered),
         num_slots,
+        answered=answered,
         drain_timeout_s=settings.drain_timeout_s,
         delivery_timeout_s=own.delivery_timeout_s,
         end_requests=end_requests,
@@ -122,9 +124,19 @@ def _end_worker(error: ServeError) -> None:
     timer.start()
 
 
-def make_handler(thread: AppThread, model: str, num_slots: int) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
-    """The handler: an async generator *function*, since the SDK looks at the function itself."""
+def make_handler(
+    thread: AppThread, model: str, num_slots: int, answered: Sequence[Callable[[str], None]] = ()
+) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
+    """The handler: an async generator *function*, since the SDK looks at the function itself.
+
+    ``answered`` are called with a job's id when its slot is free again, which is before its answer is delivered.
+    """
     slots = asyncio.Semaphore(num_slots)
+
+    def leave_slot(job_id: str) -> None:
+        slots.release()
+        for call in answered:
+            call(job_id)
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         try:
@@ -132,22 +144,22 @@ def make_handler(thread: AppThread, model: str, num_slots: int) -> Callable[[dic
         except ServeError as error:
             yield failure(error)
             return
-        async with slots:
-            wanted = AppRequest(request.method, request.target, request.encoded_body(), CALLER, job["id"])
-            exchange = thread.open(wanted)
-            # The SDK cancels the job's task.  If that task is sending a piece, this generator is suspended at a yield
-            # and nobody closes it: the end of the task must.
-            task = asyncio.current_task()
-            assert task is not None  # noqa: S101 - a coroutine runs in a task
-            task.add_done_callback(lambda _: exchange.close())
-            try:
-                async for piece in pieces(exchange, request):
-                    yield piece
-            except Exception:
-                logger.exception("Unexpected error in job %s", job["id"])
-                yield failure(GenerationFailed(f"internal error; tell the operator the job's id {job['id']}"))
-            finally:
-                exchange.close()
+        wanted = AppRequest(request.method, request.target, request.encoded_body(), CALLER, job["id"])
+        await slots.acquire()
+        exchange = thread.open(wanted, lambda: leave_slot(job["id"]))
+        # The SDK cancels the job's task.  If that task is sending a piece, this generator is suspended at a yield and
+        # nobody closes it: the end of the task must.
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        task.add_done_callback(lambda _: exchange.close())
+        try:
+            async for piece in pieces(exchange, request):
+                yield piece
+        except Exception:
+            logger.exception("Unexpected error in job %s", job["id"])
+            yield failure(GenerationFailed(f"internal error; tell the operator the job's id {job['id']}"))
+        finally:
+            exchange.close()
 
     return handler
 

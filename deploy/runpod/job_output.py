@@ -15,7 +15,7 @@ from typing import Any
 from asgi_bridge import Exchange
 from job_input import JobRequest
 
-from serve.api.errors import error_json, status_of, status_of_code
+from serve.api.errors import error_json, speaks_anthropic, status_of, status_of_body
 from serve.errors import GenerationFailed, ServeError
 
 CHUNK_BYTES = 512 * 1024
@@ -24,7 +24,13 @@ CHUNK_BYTES = 512 * 1024
 _WORST_ESCAPE = 6
 """Bytes that JSON may need for one character: ``\\u001f``."""
 
-_DONE = "data: [DONE]\n\n"
+OPENING_EVENTS = frozenset(
+    {"response.created", "response.queued", "response.in_progress", "response.output_item.added"}
+    | {"response.content_part.added", "message_start", "content_block_start", "ping"}
+)
+"""Events that come before the first token and hold nothing that a reader waits for."""
+
+MAX_OPENING_CHARACTERS = 16 * 1024
 
 Piece = Any
 """A string, an object or another JSON value; a failure is the object ``{"error": text}``, alone and last."""
@@ -64,8 +70,14 @@ async def pieces(exchange: Exchange, request: JobRequest) -> AsyncIterator[Piece
     if not (isinstance(value, dict) and isinstance(value.get("error"), dict)):
         value = json.loads(error_json(GenerationFailed(f"the app answered {status}")))
     if request.is_stream and not request.is_native:
-        yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n{_DONE}"
+        yield _last_event(value, request.target)
     yield _failure(value, status)
+
+
+def _last_event(error: dict[str, Any], target: str) -> str:
+    """An error as the clients of a route read it in a stream."""
+    data = f"data: {json.dumps(error, ensure_ascii=False)}\n\n"
+    return f"event: error\n{data}" if speaks_anthropic(target.partition("?")[0]) else f"{data}data: [DONE]\n\n"
 
 
 def _value(body: bytes, media_type: str, status: int) -> Any:
@@ -108,19 +120,23 @@ async def _texts(exchange: Exchange, splitter: EventSplitter) -> AsyncIterator[s
 class EventSplitter:
     """The bytes of an event stream in, pieces of text out: whole events, as many as fit.
 
-    An event that does not fit alone is cut between two characters.  The pieces together are the stream.
+    An event that does not fit alone is cut between two characters.  The pieces together are the stream.  Events that
+    only open an answer wait for what follows them: sent alone, they would hold up the first token by one POST.
     """
 
     def __init__(self, max_bytes: int = CHUNK_BYTES) -> None:
         self._max_bytes = max_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = ""
+        self._is_opening = True
         self._last: list[str] = []
 
     def feed(self, data: bytes) -> Iterator[str]:
         """The pieces that ``data`` completes."""
         text = self._rest + self._decoder.decode(data)
         end = text.rfind("\n\n") + 2 if "\n\n" in text else 0
+        self._is_opening = self._is_opening and len(text) <= MAX_OPENING_CHARACTERS and _only_opens(text[:end])
+        end = 0 if self._is_opening else end
         self._rest = text[end:]
         yield from self._split(text[:end])
 
@@ -135,7 +151,7 @@ class EventSplitter:
             for data in _data(event):
                 body: Any = data if isinstance(data.get("error"), dict) else data.get("response")
                 if isinstance(body, dict) and isinstance(body.get("error"), dict):
-                    return _failure({"error": body["error"]}, status_of_code(body["error"].get("code")))
+                    return _failure({"error": body["error"]}, status_of_body(body["error"]))
         return None
 
     def _split(self, text: str) -> Iterator[str]:
@@ -179,6 +195,21 @@ def _data(text: str) -> Iterator[dict[str, Any]]:
                 yield json.loads(line.removeprefix("data: "))
             except ValueError:  # one piece of an event that was cut
                 continue
+
+
+def _only_opens(text: str) -> bool:
+    events = [event for event in text.split("\n\n") if event]
+    bodies = list(_data(text))
+    return len(bodies) == len(events) and all(_opens(body) for body in bodies)  # a comment has no body
+
+
+def _opens(body: dict[str, Any]) -> bool:
+    choices = body.get("choices")
+    if not choices:
+        return body.get("type") in OPENING_EVENTS
+    deltas: list[dict[str, Any]] = [choice.get("delta") or {"text": "?"} for choice in choices]
+    is_empty = all(name == "role" or not value for delta in deltas for name, value in delta.items())
+    return is_empty and not any(choice.get("finish_reason") for choice in choices)
 
 
 def _native_chunk(events: list[dict[str, Any]]) -> dict[str, Any]:

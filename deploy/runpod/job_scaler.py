@@ -33,6 +33,9 @@ MAX_CHUNK_BYTES = 1_000_000
 IDLE_REST_S = 0.05
 """Between takes that bring nothing at once: a server that holds no long poll must not be hammered."""
 
+MAX_JOBS_PER_SLOT = 2
+"""One in the slot, one that is being delivered."""
+
 MAX_REST_S, THROTTLED_REST_S = 5.0, 5.0
 POST_TIMEOUT = aiohttp.ClientTimeout(total=60)
 LAST_POSTS_S = 10.0
@@ -42,8 +45,10 @@ LAST_POSTS_S = 10.0
 class SlotScaler(rp_scale.JobScaler):
     """Takes a job whenever a slot is free, and only then.
 
-    Of ``config`` it reads, besides what the SDK reads: ``num_slots``, ``drain_timeout_s``, ``delivery_timeout_s``, and
-    ``end_requests``, called when the drain's time is over and requests still run.
+    A slot is free when the app has answered; the answer may still be on its way to RunPod.  Of ``config`` it reads,
+    besides what the SDK reads: ``num_slots``, ``drain_timeout_s``, ``delivery_timeout_s``; ``answered``, a list of what
+    the handler calls when a job has left its slot; and ``end_requests``, called when the drain's time is over and
+    requests still run.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -53,6 +58,8 @@ class SlotScaler(rp_scale.JobScaler):
         self.jobs_queue = asyncio.Queue()  # stays empty; the SDK's handle_job marks an entry of it as done
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
+        self._in_slots: set[str] = set()
+        config["answered"].append(self._left_slot)
 
     async def run(self) -> None:
         """The worker's life, on the SDK's loop."""
@@ -75,7 +82,9 @@ class SlotScaler(rp_scale.JobScaler):
         """Keep the slots filled until the worker is told to end."""
         rest_s = IDLE_REST_S
         while self.is_alive():
-            free = self.current_concurrency - len(self.jobs_tasks)
+            # Deliveries that do not get through must not pile up.
+            room = MAX_JOBS_PER_SLOT * self.current_concurrency - len(self.jobs_tasks)
+            free = min(self.current_concurrency - len(self._in_slots), room)
             if free <= 0:
                 await self._wait_for_change(None)
                 continue
@@ -125,21 +134,26 @@ class SlotScaler(rp_scale.JobScaler):
 
     def _begin(self, session: Any, job: dict[str, Any]) -> None:
         self.job_progress.add(job["id"])
+        self._in_slots.add(job["id"])
         self.jobs_queue.put_nowait(job)
         self.jobs_queue.get_nowait()
         task = asyncio.create_task(self.handle_job(session, job), name=job["id"])
         self.jobs_tasks[job["id"]] = task
         task.add_done_callback(self._ended)
 
+    def _left_slot(self, job_id: str) -> None:
+        self._in_slots.discard(job_id)
+        self._changed.set()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
+        self._left_slot(task.get_name())
         self.jobs_tasks.pop(task.get_name(), None)  # a task that was cancelled before it began
         self.job_progress.remove(task.get_name())
-        self._changed.set()
         if not task.cancelled() and task.exception() is not None:
             logger.error("Job %s ended with %r", task.get_name(), task.exception())
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
-        """Until a job ends or the worker is told to end."""
+        """Until a slot is free, a job ends or the worker is told to end."""
         self._changed.clear()
         if self.is_alive():
             with suppress(TimeoutError):

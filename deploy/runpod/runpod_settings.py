@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from serve.errors import ConfigError
+from serve.setting_values import wrong_values
 
 PREFIX = "SERVE_RUNPOD_"
 
@@ -64,14 +65,13 @@ def load_runpod_settings(environ: Mapping[str, str] = os.environ) -> RunpodSetti
     """Read the environment.
 
     Raises:
-        ConfigError: a wrong value, or a name that is not a knob (nobody but the operator sets this prefix).
+        ConfigError: names every wrong value, or every name that is no knob (nobody but the operator sets this prefix).
     """
     known = {PREFIX + name.upper() for name in RunpodSettings.model_fields}
     if unknown := sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
-        raise ConfigError(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")
+        is_not = "is not a setting" if len(unknown) == 1 else "are not settings"
+        raise ConfigError(f"{', '.join(unknown)} {is_not}; there are: {', '.join(sorted(known))}")
     try:
         return RunpodSettings()
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = PREFIX + str(problem["loc"][0]).upper()
-        raise ConfigError(f"{name}={problem['input']!r}: {problem['msg']}") from None
+        raise wrong_values(error, RunpodSettings) from None

@@ -74,9 +74,11 @@ def status_of(error: ServeError) -> int:
     return TABLE[type(error)][0]
 
 
-def status_of_code(code: object) -> int:
-    """The HTTP status of the error that a body's ``code`` names; 500 for a code of no class."""
-    return next((status for kind, (status, _) in TABLE.items() if code is not None and kind.code == code), 500)
+def status_of_body(error: Mapping[str, Any]) -> int:
+    """The HTTP status of an error object in a stream, by its code or else Anthropic's type; 500 for neither."""
+    code, kind = error.get("code"), error.get("type")
+    of_code = (status for known, (status, _) in TABLE.items() if code is not None and known.code == code)
+    return next(of_code, None) or next((status for status, name in MESSAGE_ERRORS.items() if name == kind), 500)
 
 
 def error_body(error: ServeError) -> ErrorBody:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from runpod_local import SLOW, LocalRunpod, WorkerProcess, local_runpod
+
+ECHOED_TOOLS: Any = {"SERVE_TOOL_PROMPT": "generic", "SERVE_TOOL_PARSER": "hermes"}
+"""The echo engine repeats a tool call, and the parser reads it."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,7 +28,7 @@ def runpod() -> Iterator[LocalRunpod]:
     """A queue with a worker whose server would want a key on a public address."""
     with (
         local_runpod() as local,
-        local.worker("quick", SERVE_API_KEYS="secret", SERVE_HOST="::", SERVE_MAX_BATCH_SIZE="4"),
+        local.worker("quick", SERVE_API_KEYS="secret", SERVE_HOST="::", SERVE_MAX_BATCH_SIZE="4", **ECHOED_TOOLS),
     ):
         yield local
 

@@ -169,8 +169,9 @@ def test_runpods_own_client_works(runpod: LocalRunpod):
 
 
 @pytest.mark.timeout(120)
-def test_the_real_model_answers_through_the_queue(demo_model: Path):
-    environment: Any = {"SERVE_ENGINE": "transformers", "SERVE_MODEL": str(demo_model), "SERVE_MAX_BATCH_SIZE": "2"}
+def test_the_real_models_answer_through_the_queue(demo_model: Path, demo_embedding: Path):
+    models = {"SERVE_MODEL": str(demo_model), "SERVE_EMBEDDING_MODEL": str(demo_embedding)}
+    environment: Any = {"SERVE_ENGINE": "transformers", "SERVE_MAX_BATCH_SIZE": "2", **models}
     with local_runpod(dead_after_s=30.0) as local, local.worker("w", **environment):
         client = openai.OpenAI(base_url=f"{local.base}/openai/v1", api_key=local.plane.key, max_retries=0)
         message: Any = {"role": "user", "content": "What is the capital of France?"}
@@ -183,6 +184,12 @@ def test_the_real_model_answers_through_the_queue(demo_model: Path):
         assert "Paris" in streamed
         native = {"messages": [message], "sampling_params": {"max_tokens": 24, "temperature": 0}}
         assert local.runsync(native)["output"][0]["text"] == whole
+        as_numbers, as_text = (
+            client.embeddings.create(model=demo_embedding.name, input="A boat.", encoding_format=form)
+            for form in ("float", "base64")
+        )
+        assert len(as_numbers.data[0].embedding) == 384
+        assert as_text.data[0].embedding, "the client asks for base64 unless told otherwise"
 
 
 def test_the_command_runs_a_queue_with_a_real_worker():

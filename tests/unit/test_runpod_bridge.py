@@ -45,6 +45,45 @@ def test_splitter_gives_the_stream_back_in_pieces_that_fit(events, data, limit):
         assert piece.endswith("\n\n") or any(len(json.dumps(f"data: {e}\n\n")) > limit // 6 for e in events)
 
 
+def event(body: Any) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def chunk(finish_reason: str | None = None, **delta: Any) -> str:
+    return event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+
+
+ROLE = chunk(role="assistant", content="")
+
+
+@pytest.mark.parametrize(
+    ("opening", "token"),
+    [
+        (ROLE, chunk(content="a")),
+        (ROLE, chunk(tool_calls=[{"index": 0, "id": "call_1"}])),
+        (ROLE, chunk(finish_reason="stop")),
+        (ROLE, ": keep-alive\n\n"),
+        (ROLE, event({"error": {"message": "no"}})),
+        (event({"type": "response.created", "response": {}}), event({"type": "response.output_text.delta"})),
+        ("event: message_start\n" + event({"type": "message_start"}), event({"type": "content_block_delta"})),
+        ("", event({"choices": [{"index": 0, "text": "a"}]})),
+        ("", "data: anything\n\n"),
+        ("", event({"type": "response.created", "response": {"instructions": "x" * 20_000}})),
+    ],
+)
+def test_splitter_keeps_the_opening_for_the_first_token(opening, token):
+    splitter = EventSplitter()
+    assert not list(splitter.feed(opening.encode()))
+    assert list(splitter.feed(token.encode())) == [opening + token]
+    assert list(splitter.feed(ROLE.encode())) == [ROLE], "nothing waits after that"
+
+
+def test_splitter_gives_an_opening_that_nothing_follows():
+    splitter = EventSplitter()
+    assert not list(splitter.feed(ROLE.encode()))
+    assert list(splitter.end()) == [ROLE]
+
+
 def test_splitter_cuts_between_events_and_fills_its_pieces():
     event = "data: " + "é" * 100 + "\n\n"
     pieces = list(EventSplitter(1000).feed((event * 40).encode()))
@@ -158,3 +197,16 @@ def test_mode_auto_follows_the_platform():
     settings = load_runpod_settings({})
     assert settings.resolved_mode({"RUNPOD_WEBHOOK_GET_JOB": "http://x"}).value == "queue"
     assert settings.resolved_mode({}).value == "http"
+
+
+def test_every_wrong_knob_is_named_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SERVE_RUNPOD_MODE", "fast")
+    monkeypatch.setenv("SERVE_RUNPOD_DELIVERY_TIMEOUT_S", "-1")
+    with pytest.raises(ConfigError) as found:
+        load_runpod_settings()
+    first, second = found.value.message.splitlines()
+    assert first.startswith("SERVE_RUNPOD_MODE='fast': ")
+    assert "'auto', 'queue' or 'http'" in first
+    assert second.startswith("SERVE_RUNPOD_DELIVERY_TIMEOUT_S='-1': ")
+    with pytest.raises(ConfigError, match="SERVE_RUNPOD_A, SERVE_RUNPOD_B are not settings"):
+        load_runpod_settings({"SERVE_RUNPOD_A": "", "SERVE_RUNPOD_B": ""})
