@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-ROOT = Path("/sys/fs/cgroup")
+ROOT = Path(os.environ.get("TRIMARAN_CGROUP_ROOT", "/sys/fs/cgroup"))
+"""Elsewhere only where a platform is emulated, whose limits this process shall believe in."""
 
 NO_LIMIT_V1 = 2**62
 """Version 1 writes the largest page-aligned number instead of ``max``."""

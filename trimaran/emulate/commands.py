@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from trimaran.emulate.modal.command import modal
+from trimaran.emulate.render.command import render
 from trimaran.emulate.runpod.command import runpod
 
 
@@ -14,4 +15,5 @@ def emulate() -> None:
 
 
 emulate.add_command(modal)
+emulate.add_command(render)
 emulate.add_command(runpod)

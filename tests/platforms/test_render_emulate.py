@@ -1,0 +1,103 @@
+"""``trimaran emulate render``: the real server, with each rule kept and each rule broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from containers import free_port
+
+from trimaran.emulate.render import session as sessions
+from trimaran.emulate.render.instance import Instance
+from trimaran.emulate.render.rules import Verdict
+from trimaran.emulate.render.scene import Scene, read_scene
+from trimaran.platforms.render.plans import Plan
+
+BLUEPRINT = (Path(__file__).parents[2] / "deploy" / "render" / "render.yaml").read_text()
+SLOW = "from serve.engine.echo import EchoEngine\nEchoEngine.__init__.__kwdefaults__['step_s'] = 0.01\n"
+
+
+def scene(text: str = BLUEPRINT, **changes: str) -> Scene:
+    variables = {"SERVE_ENGINE": "echo", **changes}
+    return read_scene(text, name=None, plan=None, port=free_port(), changes=variables)
+
+
+def findings(scene: Scene, folder: Path) -> dict[str, tuple[str, str]]:
+    found = sessions.Session(scene, folder, lambda _: None).run()
+    return {finding.rule: (finding.verdict.value, finding.detail) for finding in found}
+
+
+def broken(found: dict[str, tuple[str, str]]) -> dict[str, str]:
+    return {rule: detail for rule, (verdict, detail) in found.items() if verdict != Verdict.KEPT.value}
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An echo of 10 ms a token: a stream of four seconds."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+
+def test_committed_blueprint_keeps_every_rule() -> None:
+    command = (sys.executable, "-m", "trimaran.cli", "emulate", "render", "deploy/render/render.yaml")
+    options = ("--port", str(free_port()), "--env", "SERVE_ENGINE=echo")
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith("kept ") for line in lines), done.stdout
+
+
+def test_stream_that_outlives_the_drain_breaks_the_rule(slow: None, tmp_path: Path) -> None:
+    found = broken(findings(scene(SERVE_DRAIN_TIMEOUT_S="1"), tmp_path))
+    assert list(found) == ["drains within 120 s of SIGTERM"]
+    assert "SERVE_DRAIN_TIMEOUT_S" in found["drains within 120 s of SIGTERM"]
+
+
+def test_drain_that_outlives_renders_patience_is_killed(slow: None, tmp_path: Path) -> None:
+    text = BLUEPRINT.replace("maxShutdownDelaySeconds: 120", "maxShutdownDelaySeconds: 2")
+    assert broken(findings(scene(text), tmp_path)) == {"drains within 2 s of SIGTERM": "killed after 2 s"}
+
+
+def test_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    given = scene(SERVE_MAX_QUEUE="many")
+    found = broken(findings(given, tmp_path))
+    assert "ended with 2" in found[f"listens on PORT ({given.port})"]
+    assert "SERVE_MAX_QUEUE" in found[f"listens on PORT ({given.port})"]
+
+
+def test_health_path_that_never_answers_breaks_the_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "HEALTHY_S", 6.0)
+    found = broken(
+        findings(scene(BLUEPRINT.replace("healthCheckPath: /health", "healthCheckPath: /v1/models")), tmp_path)
+    )
+    assert found == {"healthy within 15 min": "still not after 6 s"}
+
+
+def test_memory_beyond_the_plan_is_killed(tmp_path: Path) -> None:
+    tiny = replace(scene(), plan=Plan("tiny", 0.5, 20))
+    instance = Instance(tiny, tmp_path, tmp_path / "log")
+    try:
+        assert instance.process.wait(20) == -9
+        assert instance.is_over
+        assert instance.peak_bytes is not None
+        assert instance.peak_bytes > 20 * 2**20
+    finally:
+        instance.close()
+
+
+def test_scene_has_the_blueprints_variables_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_STRICT", "true")
+    monkeypatch.setenv("HF_TOKEN", "asked-for-once")
+    given = scene()
+    environment = given.environment(tmp_path)
+    assert "SERVE_STRICT" not in environment
+    assert environment["HF_TOKEN"] == "asked-for-once"
+    assert environment["PORT"] == str(given.port)
+    assert len(given.key) >= 32
+    assert not given.keeps_data
+    assert scene(BLUEPRINT + "    disk: {name: models, mountPath: /data, sizeGB: 10}\n").keeps_data

@@ -1,0 +1,1 @@
+"""Render on this machine: the real server under its rules."""
