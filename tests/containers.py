@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +76,21 @@ class Image:
     def inspect(self) -> dict[str, Any]:
         """What the builder recorded."""
         return json.loads(call(*self.tool.run, "image", "inspect", self.name))[0]
+
+    def bill(self) -> Path:
+        """Its bill of materials, as ``scripts/sbom.py`` writes it, below ``dist/sbom``."""
+        path = ROOT / "dist" / "sbom" / f"trimaran-{self.name.rpartition(':')[2]}.cdx.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runner, options = shlex.join(self.tool.run), shlex.join(self.tool.options)
+        command = (
+            sys.executable,
+            ROOT / "scripts" / "sbom.py",
+            self.name,
+            f"--runner={runner}",
+            f"--options={options}",
+        )
+        path.write_text(call(*command))
+        return path
 
     @property
     def num_bytes(self) -> int:

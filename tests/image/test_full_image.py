@@ -66,6 +66,7 @@ def test_cpu_image_is_at_most_one_and_a_half_gigabytes(cpu: Image) -> None:
     with cpu.running(**OPEN, SERVE_ENGINE="echo") as container:
         found = container.python("import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))")
     assert found == ["2.13.0+cpu", None]
+    assert '"pkg:pypi/torch@2.13.0%2Bcpu"' in cpu.bill().read_text()
 
 
 def test_real_weights_answer_within_render_starters_memory(cpu: Image, demo_model: Path) -> None:
@@ -103,6 +104,7 @@ def test_baked_weights_need_neither_network_nor_cache(baked: Image, hub: Hub) ->
     with baked.serving(**OPEN) as served:
         served.wait_ready(120)
         assert served.client.get("/v1/models").json()["data"][0]["id"] == MODEL_ID
+        assert f'"pkg:huggingface/{MODEL_ID}"' in baked.bill().read_text()
         assert "Paris" in answer(served)
     assert len(hub.requests) == before
 

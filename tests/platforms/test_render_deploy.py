@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import model_files
 from click.testing import CliRunner, Result
+from fake_hub import serving_hub
 from fake_render import KEY, FakeRender, serving_render
 
+from serve.errors import HubUnreachable
 from trimaran.cli import main
 from trimaran.deploy import render as commands
+from trimaran.plan import need
 from trimaran.platforms.render.check import check_blueprint
 
 ROOT = Path(__file__).parents[2]
@@ -22,11 +30,16 @@ TOKEN = "hf_" + "Q7x" * 12
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRender]:
     monkeypatch.setattr(commands, "POLL_S", 0.0)
+    monkeypatch.setattr(need, "weight_bytes", unreachable)
     monkeypatch.chdir(ROOT)
     with serving_render() as fake:
         monkeypatch.setenv("RENDER_API_KEY", KEY)
         monkeypatch.setenv("RENDER_API_URL", fake.url)
         yield fake
+
+
+def unreachable(model: str, revision: str | None) -> int:
+    raise HubUnreachable("no network in tests")
 
 
 def run(*arguments: str, succeeds: bool = True) -> Result:
@@ -126,6 +139,38 @@ def test_dry_run_prints_everything_but_secrets_and_calls_nothing(fake: FakeRende
     assert check_blueprint(shown, ROOT) == []
     assert {"key": "HF_TOKEN", "sync": False} in yaml.safe_load(shown)["services"][0]["envVars"]
     assert '"imagePath"' in shown
+
+
+def test_plan_is_sized_by_the_headers_of_the_models_files(tmp_path: Path) -> None:
+    """In a process of its own: the Hub's client reads its address when it is imported."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [600, 10**6], "data_offsets": [0, 2_400_000_000]}}).encode()
+    large = len(header).to_bytes(8, "little") + header
+    with serving_hub() as hub:
+        hub.publish("owner/large", {**model_files(), "model.safetensors": large})
+        hub.publish("owner/tiny", model_files())
+        plans = dict[str, str]()
+        for name in ("large", "tiny"):
+            command = (
+                sys.executable,
+                "-m",
+                "trimaran.cli",
+                "deploy",
+                "render",
+                "--model",
+                f"owner/{name}",
+                "--dry-run",
+            )
+            environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}", "HF_HOME": str(tmp_path)}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+            assert done.returncode == 0, done.stderr
+            plans[name] = yaml.safe_load(done.stdout)["services"][0]["plan"]
+    assert plans == {"large": "pro", "tiny": "standard"}
+
+
+def test_model_whose_size_is_unknown_gets_the_standard_plan(fake: FakeRender) -> None:
+    done = run("--model", "owner/name", "--dry-run")
+    assert yaml.safe_load(done.stdout)["services"][0]["plan"] == "standard"
+    assert "not known (no network in tests)" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serve.errors import ConfigError, ServeError
+from serve.errors import ConfigError, ModelLoadError, ServeError
 
 if TYPE_CHECKING:
     from trimaran.platforms.render.api import RenderApi
@@ -33,7 +33,7 @@ name_option = click.option("--name", default="trimaran", show_default=True, help
 @click.option("--branch", help="Its branch.")
 @click.option("--model", help="Hub id to serve.  Default: SERVE_MODEL.")
 @click.option("--gateway", metavar="URL", help="Serve no model: pass requests on to this address.")
-@click.option("--plan", help="Instance type.  Default: standard (gateway: starter).")
+@click.option("--plan", help="Instance type.  Default: the cheapest that holds the model.")
 @click.option("--region", default="oregon", show_default=True, help="Where it runs; cannot be changed later.")
 @click.option("--disk-gb", type=click.IntRange(1), help="A disk for the model: one instance, no overlap of deploys.")
 @click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Seconds to drain.")
@@ -78,7 +78,7 @@ def _spec(options: dict[str, Any]) -> ServiceSpec:
         environment["SERVE_MODEL"] = _model(options["model"])
     return ServiceSpec(
         name=options["name"],
-        plan=options["plan"] or ("starter" if options["gateway"] else "standard"),
+        plan=options["plan"] or _plan(environment),
         region=options["region"],
         image=options["image"],
         repo=options["repo"],
@@ -88,6 +88,28 @@ def _spec(options: dict[str, Any]) -> ServiceSpec:
         environment=environment,
         secrets={name: os.environ[name] for name in PASSED_SECRETS if os.environ.get(name)},
     )
+
+
+def _plan(environment: dict[str, str]) -> str:
+    """The cheapest plan that holds what is served; ``standard`` where the model's size cannot be found out.
+
+    Raises:
+        ConfigError: the model is too large for every plan.
+    """
+    from trimaran.plan.need import weight_bytes  # noqa: PLC0415
+    from trimaran.platforms.render.plans import smallest_plan  # noqa: PLC0415
+
+    model = environment.get("SERVE_MODEL")
+    if not model:
+        return "starter"
+    try:
+        num_bytes = weight_bytes(model, environment.get("SERVE_MODEL_REVISION"))
+    except ModelLoadError as error:
+        click.echo(f"Plan: standard, since the size of {model} is not known ({error.message}); or --plan", err=True)
+        return "standard"
+    plan = smallest_plan(num_bytes)
+    click.echo(f"Plan: {plan.name} ({plan.memory_mb} MB), for {num_bytes / 1e6:.0f} MB of weights; or --plan", err=True)
+    return plan.name
 
 
 def _model(given: str | None) -> str:

@@ -92,6 +92,15 @@ def examine(model: str, revision: str | None, context: int | None, gguf_file: st
     return need
 
 
+def weight_bytes(model: str, revision: str | None) -> int:
+    """What a model's weights take of memory, from the headers of its files alone.
+
+    Raises:
+        ServeError: it cannot be found or read.
+    """
+    return sum(_loaded_bytes(tensor) for tensor in _stored(weights.locate(model, revision)))
+
+
 def _stored(source: weights.ModelSource) -> Iterable[StoredTensor]:
     for name in source.weight_files:
         path = source.folder / name
