@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -46,6 +47,9 @@ class DrainingServer(uvicorn.Server):
         """Open the port, and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if not gc.isenabled():  # as __main__ began; what is there now stays, and is not looked through again
+            gc.freeze()
+            gc.enable()
         for server in getattr(self, "servers", []):
             for bound in server.sockets:
                 host, port = bound.getsockname()[:2]
