@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def holds_model(folder: Path) -> bool:
         return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     except PermissionError:
         return True
+
+
+def is_origin(text: str) -> bool:
+    """Whether a browser could send ``text`` as the origin of a page; ``*`` is any."""
+    return text == "*" or re.fullmatch(r"https?://[a-z0-9.\[\]:-]+", text) is not None
 
 
 def written(value: Any) -> str:

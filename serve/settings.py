@@ -27,6 +27,7 @@ from serve.setting_values import (
     ToolPrompt,
     cache_if_any,
     holds_model,
+    is_origin,
     name_of,
     written,
     wrong_values,
@@ -98,6 +99,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("SERVE_PORT", "PORT"),
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="Accepted keys, separated by commas.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Web pages that may read answers: origins such as https://app.example, by commas, or *."
+    )
     allow_anonymous: bool = Field(False, description="Answer requests without a key on a public address.")
 
     max_batch_size: int | None = Field(
@@ -146,7 +150,7 @@ class Settings(BaseSettings):
         mounted = [str(name).strip() for name in names if holds_model(Path(str(name).strip()))]
         return {**values, "model": mounted[0]} if mounted else values
 
-    @field_validator("api_keys", "model_folders", mode="before")
+    @field_validator("api_keys", "model_folders", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -161,6 +165,14 @@ class Settings(BaseSettings):
                 "this is Kubernetes' address of a Service named 'serve', not a port; "
                 "rename the Service or set enableServiceLinks: false"
             )
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not is_origin(origin):
+                raise ValueError(f"{origin!r} is no origin: write scheme and host only, such as https://app.example")
         return value
 
     @model_validator(mode="after")

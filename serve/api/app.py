@@ -24,6 +24,7 @@ from serve.api import (
     tokenize,
 )
 from serve.api.auth import KeyRing
+from serve.api.cors import cors
 from serve.api.errors import install_handlers
 from serve.api.limits import Limits
 from serve.api.middleware import BodyLimit, Boundary, Gate
@@ -121,6 +122,7 @@ def create_app(
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
         middleware=[
+            *cors(settings.cors_origins),
             Middleware(Boundary, sinks=sinks, machine=MachineTime(settings.usd_per_hour)),
             Middleware(Gate, keys=keys),
             Middleware(Limits, limiter=limiter),

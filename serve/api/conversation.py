@@ -13,8 +13,13 @@ PART_JOINER = "\n"
 """Between the text parts of one message."""
 
 MAX_VARIABLES, MAX_VARIABLE_CHARS = 16, 256
-RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
-"""Variables of a template that a request fills by fields of their own, or not at all."""
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}  # have fields, or have not
+    | {"bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now"}  # the model's own
+    | {"tokenize", "conversation", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}  # arguments of Transformers' function, and no variables
+)
+"""Names that ``chat_template_kwargs`` may not set."""
 
 
 def to_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:

@@ -134,6 +134,8 @@ HOSTILE = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% en
         ({"messages": "x"}, "chat_template_kwargs.messages"),
         ({"tools": "x"}, "chat_template_kwargs.tools"),
         ({"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
+        ({"bos_token": "<|im_start|>"}, "chat_template_kwargs.bos_token"),
+        ({"tokenize": True}, "chat_template_kwargs.tokenize"),
         ({"a b": 1}, "chat_template_kwargs.a b"),
         ({"deep": {"a": 1}}, "chat_template_kwargs.deep"),
         ({"long": "x" * 257}, "chat_template_kwargs.long"),

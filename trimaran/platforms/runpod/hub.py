@@ -15,7 +15,7 @@ from trimaran.platforms.runpod.endpoint import DEFAULTS, TORCH_CUDA
 
 FOLDER = ".runpod"
 LEFT_OUT = frozenset(
-    {"host", "port", "api_keys", "allow_anonymous", "model_folders", "log_format"}
+    {"host", "port", "api_keys", "allow_anonymous", "cors_origins", "model_folders", "log_format"}
     | {"engine", "remote_url", "remote_api_key", "remote_timeout_s"}
 )
 """Settings that mean nothing to a queue worker with a model: no port is opened, RunPod checks the key."""

@@ -1,0 +1,34 @@
+"""Which web pages may read our answers: none, unless the operator names their origins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+SENT = ("authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version", "idempotency-key")
+LIMITS = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")]
+READABLE = ("x-request-id", "request-id", "retry-after", "server-timing", "www-authenticate", *LIMITS)
+PREFLIGHT_S = 600
+
+
+def cors(origins: Sequence[str]) -> list[Middleware]:
+    """Answers the preflights of ``origins`` and lets their pages read; nothing for no origin.
+
+    Credentials are never allowed: a key travels in a header that the page sets itself, so a foreign page that a browser
+    would send cookies or passwords for gains nothing.
+    """
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=list(SENT),
+            expose_headers=list(READABLE),
+            allow_credentials=False,
+            max_age=PREFLIGHT_S,
+        )
+    ]
