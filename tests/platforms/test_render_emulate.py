@@ -17,7 +17,7 @@ from trimaran.emulate.render.scene import Scene, read_scene
 from trimaran.platforms.render.plans import Plan
 
 BLUEPRINT = (Path(__file__).parents[2] / "deploy" / "render" / "render.yaml").read_text()
-SLOW = "from serve.engine.echo import EchoEngine\nEchoEngine.__init__.__kwdefaults__['step_s'] = 0.01\n"
+SLOW = "from serve.engine.echo import EchoEngine\nEchoEngine.__init__.__kwdefaults__['step_s'] = 0.006\n"
 
 
 def scene(text: str = BLUEPRINT, **changes: str) -> Scene:
@@ -36,7 +36,7 @@ def broken(found: dict[str, tuple[str, str]]) -> dict[str, str]:
 
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An echo of 10 ms a token: a stream of four seconds."""
+    """An echo of 6 ms a token: a stream of at least 2.4 seconds."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
@@ -59,8 +59,8 @@ def test_stream_that_outlives_the_drain_breaks_the_rule(slow: None, tmp_path: Pa
 
 
 def test_drain_that_outlives_renders_patience_is_killed(slow: None, tmp_path: Path) -> None:
-    text = BLUEPRINT.replace("maxShutdownDelaySeconds: 120", "maxShutdownDelaySeconds: 2")
-    assert broken(findings(scene(text), tmp_path)) == {"drains within 2 s of SIGTERM": "killed after 2 s"}
+    text = BLUEPRINT.replace("maxShutdownDelaySeconds: 120", "maxShutdownDelaySeconds: 1")
+    assert broken(findings(scene(text), tmp_path)) == {"drains within 1 s of SIGTERM": "killed after 1 s"}
 
 
 def test_server_that_cannot_start_says_why(tmp_path: Path) -> None:
