@@ -174,16 +174,15 @@ def quantization_method(config: Mapping[str, Any]) -> str:
     return str(settings.get("quant_method") or "").lower() or "an unnamed method"
 
 
-def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
-    """Refuse a quantised checkpoint whose package is missing or that ``device_type`` (cuda, cpu) cannot run.
+def quantization_packages(config: Mapping[str, Any], device_type: str) -> tuple[tuple[str, str], ...]:
+    """Modules that a quantised checkpoint needs on ``device_type`` (cuda, cpu), each with pip's name for it.
 
     Raises:
-        ModelLoadError: names the method, what it needs, and the alternative.
+        ModelLoadError: the method is not known, or cannot run there; with the alternative.
     """
     name = quantization_method(config)
     if not name:
-        return
-    other = "or take the checkpoint that it was quantised from"
+        return ()
     method = _METHODS.get(name)
     if method is None:
         raise ModelLoadError(
@@ -191,14 +190,25 @@ def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
             "Take the checkpoint that it was quantised from, or one in gptq, awq or fp8."
         )
     if method.needs_gpu and device_type != "cuda":
-        raise ModelLoadError(f"The checkpoint is quantised with {name}, which needs a GPU. Serve it on one, {other}.")
-    needed = method.packages + (method.gpu_packages if device_type == "cuda" else ())
-    missing = [pip for module, pip in needed if not _is_installed(module)]
+        raise ModelLoadError(
+            f"The checkpoint is quantised with {name}, which needs a GPU. "
+            "Serve it on one, or take the checkpoint that it was quantised from."
+        )
+    return method.packages + (method.gpu_packages if device_type == "cuda" else ())
+
+
+def check_quantization(config: Mapping[str, Any], device_type: str) -> None:
+    """Refuse a quantised checkpoint whose package is missing or that ``device_type`` (cuda, cpu) cannot run.
+
+    Raises:
+        ModelLoadError: names the method, what it needs, and the alternative.
+    """
+    missing = [pip for module, pip in quantization_packages(config, device_type) if not _is_installed(module)]
     if missing:
         packages = " ".join(f"'{pip}'" if "[" in pip else pip for pip in missing)
         raise ModelLoadError(
-            f"The checkpoint is quantised with {name}, which needs {' and '.join(missing)}. "
-            f"Run: pip install {packages}, {other}."
+            f"The checkpoint is quantised with {quantization_method(config)}, which needs {' and '.join(missing)}. "
+            f"Run: pip install {packages}, or take the checkpoint that it was quantised from."
         )
 
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from serve import checkpoint, weights
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 GB = 1_000_000_000
+LORA_PACKAGES = ("peft", "accelerate", "psutil")
+RECORDS_PACKAGES = ("aiosqlite", "alembic", "asyncpg", "greenlet", "Mako", "SQLAlchemy")
+"""The extras of these names with what they need in turn, beyond what every image has."""
 UNKNOWN_BYTES = 20_000_000_000
 """Taken for a model that nothing is known of: too much rather than too little."""
 
@@ -45,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """All parts, an adapter's base first, and the variables that make a container serve from them."""
+    """All parts, an adapter's base before it, and the variables that make a container serve from them."""
 
     parts: tuple[Part, ...] = ()
     variables: dict[str, str]
@@ -53,11 +57,8 @@ class Placement:
     is_certain: bool = True
     """Whether ``num_bytes`` is known, not guessed."""
     is_quantized: bool = False
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether peft is needed."""
-        return any(part.base for part in self.parts)
+    packages: tuple[str, ...] = ()
+    """Pip's names of what these models and settings need beyond ``requirements.lock``."""
 
     @property
     def gains_from_snapshot(self) -> bool:
@@ -78,35 +79,49 @@ class Placement:
             secret["HF_TOKEN"] = token
         if settings.chat_template is not None:
             public["SERVE_CHAT_TEMPLATE"] = template
-        if self.parts:
-            public.pop("SERVE_MODEL_REVISION", None)  # the folder is the revision
+        for name in ("SERVE_MODEL_REVISION", "SERVE_EMBEDDING_REVISION"):
+            public.pop(name, None)  # the folder is the revision
         return public | self.variables, secret
 
 
-def place(settings: Settings, mount: str) -> Placement:
-    """Find the model, verify what is local, and plan its folders below ``mount``.
+def place(settings: Settings, mount: str, device_type: str) -> Placement:
+    """Find the model and the embedding model, verify what is local, and plan their folders below ``mount``.
+
+    Args:
+        settings: As given on the machine that deploys.
+        mount: Where the container will find the volume.
+        device_type: On what it will serve them: ``cuda`` or ``cpu``.
 
     Raises:
-        ServeError: the model cannot be served; with the remedy.  An unreachable Hub is only logged: then the size is
+        ServeError: one cannot be served; with the remedy.  An unreachable Hub is only logged: then the size is
             guessed from the name, and the revision is what the Hub has when the files are brought.
     """
-    if settings.engine is not EngineName.TRANSFORMERS:
-        return Placement(variables={})
-    weights.check_name(settings.model)
-    try:
-        source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
-    except HubUnreachable as error:
-        logger.warning("%s The revision is not pinned, and the size is guessed.", error.message)
-        part = _hub_part(mount, settings.model, settings.model_revision, (*weights.SERVED_FILES, "*.py"))
-        return _placement(settings, (part,), _guess(settings.model), is_certain=False)
-    checkpoint.check_architecture(source.config, settings.trust_remote_code)
-    parts: list[Part] = []
-    for one in (source, source.adapter_source):
-        if one is not None:
-            base = parts[-1].target if parts else ""
-            parts.append(_part(mount, one, weights.needed_files(one, settings.trust_remote_code), base))
-    is_quantized = checkpoint.is_quantized(source.config)
-    return _placement(settings, tuple(parts), source.num_bytes, is_quantized=is_quantized)
+    found: list[_Found] = []
+    variables: dict[str, str] = {}
+    if settings.engine is EngineName.TRANSFORMERS:
+        weights.check_name(settings.model)
+        found.append(_find(mount, settings.model, settings.model_revision, settings, device_type, is_chat=True))
+        variables |= {"SERVE_MODEL": found[-1].parts[-1].target, "SERVE_MODEL_NAME": settings.served_name}
+    if settings.embedding_model and settings.engine is not EngineName.REMOTE:
+        weights.check_name(settings.embedding_model, "SERVE_EMBEDDING_MODEL")
+        name, revision = settings.embedding_model, settings.embedding_revision
+        found.append(_find(mount, name, revision, settings, device_type, is_chat=False))
+        variables |= {
+            "SERVE_EMBEDDING_MODEL": found[-1].parts[-1].target,
+            "SERVE_EMBEDDING_MODEL_NAME": settings.embedding_name,
+        }
+    if found:
+        variables["HF_HUB_OFFLINE"] = "1"
+    packages = [name for one in found for name in one.packages]
+    packages += RECORDS_PACKAGES if settings.records_url else ()
+    return Placement(
+        parts=tuple(dict.fromkeys(part for one in found for part in one.parts)),
+        variables=variables,
+        num_bytes=sum(one.num_bytes for one in found),
+        is_certain=all(one.is_certain for one in found),
+        is_quantized=any(one.is_quantized for one in found),
+        packages=tuple(dict.fromkeys(packages)),
+    )
 
 
 def gains_from_snapshot(num_bytes: int, is_quantized: bool) -> bool:
@@ -138,6 +153,7 @@ def staged(part: Part) -> Generator[Path]:
         raise ValueError(f"{part.model} comes from the Hub")
     with tempfile.TemporaryDirectory(prefix="trimaran-upload-") as name:
         for file in part.names:
+            Path(name, file).parent.mkdir(exist_ok=True)
             Path(name, file).symlink_to((part.folder / file).resolve())
         if part.base:
             adapter = Path(name, ADAPTER_CONFIG)
@@ -147,15 +163,40 @@ def staged(part: Part) -> Generator[Path]:
         yield Path(name)
 
 
-def _placement(
-    settings: Settings, parts: tuple[Part, ...], num_bytes: int, *, is_certain: bool = True, is_quantized: bool = False
-) -> Placement:
-    return Placement(
-        parts=parts,
-        variables={"SERVE_MODEL": parts[-1].target, "SERVE_MODEL_NAME": settings.served_name, "HF_HUB_OFFLINE": "1"},
-        num_bytes=num_bytes,
-        is_certain=is_certain,
-        is_quantized=is_quantized,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """One model: its parts, the one that is served last."""
+
+    parts: tuple[Part, ...]
+    num_bytes: int
+    is_certain: bool = True
+    is_quantized: bool = False
+    packages: tuple[str, ...] = ()
+
+
+def _find(
+    mount: str, model: str, revision: str | None, settings: Settings, device_type: str, *, is_chat: bool
+) -> _Found:
+    trusts_code = settings.trust_remote_code
+    try:
+        source = weights.locate(model, revision, trusts_code)
+    except HubUnreachable as error:
+        logger.warning("%s The revision is not pinned, and the size is guessed.", error.message)
+        part = _hub_part(mount, model, revision, (*weights.SERVED_FILES, "*.py"))
+        return _Found(parts=(part,), num_bytes=_guess(model), is_certain=False)
+    if is_chat and find_spec("transformers"):  # those who only deploy need not have it
+        checkpoint.check_architecture(source.config, trusts_code)
+    parts: list[Part] = []
+    for one in (source, source.adapter_source):
+        if one is not None:
+            base = parts[-1].target if parts else ""
+            parts.append(_part(mount, one, weights.needed_files(one, trusts_code), base))
+    packages = [name for _, name in checkpoint.quantization_packages(source.config, device_type)]
+    return _Found(
+        parts=tuple(parts),
+        num_bytes=source.num_bytes,
+        is_quantized=checkpoint.is_quantized(source.config),
+        packages=(*packages, *(LORA_PACKAGES if source.adapter else ())),
     )
 
 

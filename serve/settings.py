@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template.")
     embedding_model: str = Field("", description="Second model, for /v1/embeddings: a folder or a Hugging Face id.")
     embedding_revision: str | None = Field(None, description="Commit, tag or branch of the embedding model.")
+    embedding_model_name: str = Field("", description="Its id in the API. Default: the id, or the folder's name.")
     fold_messages: bool = Field(
         False,
         description="When the chat template refuses them, fold system messages into the user's and join neighbours "
@@ -202,7 +203,7 @@ class Settings(BaseSettings):
     @cached_property
     def embedding_name(self) -> str:
         """The embedding model's id in the API; empty: there is none."""
-        return name_of(self.embedding_model) if self.embedding_model else ""
+        return (self.embedding_model_name or name_of(self.embedding_model)) if self.embedding_model else ""
 
     def environment(self) -> tuple[dict[str, str], dict[str, str]]:
         """What was set, as variables for a container: the public ones, and the secret ones."""

@@ -142,9 +142,8 @@ def fetch_weights(source: ModelSource) -> ModelSource:
 def needed_files(source: ModelSource, trust_remote_code: bool = False) -> tuple[str, ...]:
     """The names of all files in ``source``'s folder that serving reads, for those who copy it elsewhere."""
     patterns = (*_SMALL_FILES, "*.py") if trust_remote_code else _SMALL_FILES
-    here = (path for path in sorted(source.folder.iterdir()) if path.is_file())
-    small = {path.name for path in here if any(path.match(pattern) for pattern in patterns)}
-    return tuple(sorted(small | set(source.weight_files)))
+    small = {path for pattern in patterns for path in source.folder.glob(pattern) if path.is_file()}
+    return tuple(sorted({path.relative_to(source.folder).as_posix() for path in small} | set(source.weight_files)))
 
 
 def _has_tokenizer(folder: Path) -> bool:

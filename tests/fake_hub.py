@@ -52,7 +52,7 @@ class Hub:
         if is_api:
             siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
             return 200, {}, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
-        data = files[rest[2]]
+        data = files["/".join(rest[2:])]
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{digest(data)}"'}, data
 
 

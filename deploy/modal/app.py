@@ -52,7 +52,7 @@ def refuse(reason: str) -> NoReturn:
 
 
 def fetch(volume: str, model: str, revision: str | None, names: list[str], target: str, base: str) -> None:
-    """In the builder: bring a model's files into the Volume, where its folder appears complete or not at all."""
+    """In the builder: bring a model's files into the Volume (by id: another is filled anew), complete or not at all."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     final, part = Path(target), Path(target + ".part")
@@ -82,7 +82,7 @@ def make_plan() -> SimpleNamespace:
         observe.configure_logging(settings.log_format, "warning")
         gpus = [gpu.upper() for gpu in knob.names("GPU")]
         plan = scaling(knob, settings, knob.choice("PRIMITIVE", "web", "server"), 64 if gpus else 32)
-        plan.placement = placement.place(settings, MODELS)
+        plan.placement = placement.place(settings, MODELS, "cuda" if gpus else "cpu")
         check_gpus(gpus, plan.placement)
         plan.snapshot = choose_snapshot(knob, plan.placement, bool(gpus))
         plan.options |= hardware(knob, gpus, plan.placement.num_bytes, plan.snapshot)
@@ -100,7 +100,7 @@ def make_plan() -> SimpleNamespace:
         **public,
         **knob.given(),
         **{PREFIX + "PRIMITIVE": plan.primitive, PREFIX + "SNAPSHOT": plan.snapshot},
-        **{"SERVE_HOST": "0.0.0.0", "SERVE_PORT": str(PORT)},  # noqa: S104 - a container has no other address
+        **{"SERVE_HOST": "0.0.0.0", "SERVE_PORT": str(settings.port or PORT)},  # noqa: S104 - a container has no other address
         **({} if gpus else {"SERVE_DEVICE": "cpu"}),
     }
     size = f"{plan.placement.num_bytes / GB:.2g} GB{'' if plan.placement.is_certain else ' (a guess)'} of weights"
@@ -196,19 +196,21 @@ def build_image(plan: SimpleNamespace, volume: modal.Volume, secret: modal.Secre
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", "".join(locks), re.MULTILINE))
     # PyPI's torch is built for CUDA 13, which Modal's driver (580) runs; the other index has the one without CUDA.
     index = None if plan.options["gpu"] else "https://download.pytorch.org/whl/cpu"
-    more = ["peft==" + pins["peft"]] * plan.placement.has_adapter
+    more = [name + ("==" + pins[name] if name in pins else "") for name in plan.placement.packages]
     image = (
         modal.Image.debian_slim(python_version="3.12")
         .uv_pip_install(f"torch=={pins['torch']}", index_url=index, uv_version=UV)
         .uv_pip_install(*more, requirements=[str(ROOT / "requirements.lock")], uv_version=UV)
         .env({"HF_XET_HIGH_PERFORMANCE": "1", "PYTHONUNBUFFERED": "1"})
     )
-    volume.hydrate()  # the first thing that is created
+    try:
+        volume.hydrate()  # the first thing that is created
+    except modal.exception.AuthError as error:
+        refuse(f"{error}")
     for part in plan.placement.parts:
         if part.folder is not None:
             upload(part, plan.volume)
             continue
-        # With the Volume's id another Volume is filled anew.
         args = (volume.object_id, part.model, part.revision, list(part.names), part.target, part.base)
         machine: dict[str, Any] = {"volumes": {MODELS: volume}, "cpu": 4.0, "memory": 8192, "timeout": 7200}
         image = image.run_function(fetch, args=args, secrets=[secret], **machine)
@@ -262,7 +264,7 @@ class Life:
         self.settings = load_settings()
         self.lifecycle.restored(self.settings)
         self.asgi = create_app(self.settings, lifecycle=self.lifecycle)
-        # The engine died: two seconds for the last answers, then Modal replaces the container.
+        # Two seconds for the last answers, then Modal replaces the container.
         self.lifecycle.on_failure(lambda _: threading.Timer(2.0, os._exit, [70]).start())
 
 
@@ -280,7 +282,7 @@ if PLAN.primitive == "web":
 
 else:
 
-    @app.server(port=PORT, **PLAN.server, **OPTIONS)
+    @app.server(port=int(PLAN.environment["SERVE_PORT"]), **PLAN.server, **OPTIONS)
     class Model(Life):
         """Modal speaks HTTP with the port."""
 

@@ -14,7 +14,17 @@ from modal_local import client as client_of
 from modal_local import deployed
 
 API = Path(__file__).parents[1] / "api"
-MODULES = ("test_chat", "test_models", "test_stream")
+MODULES = (
+    "test_chat",
+    "test_completions",
+    "test_messages",
+    "test_models",
+    "test_response_store",
+    "test_responses",
+    "test_stream",
+    "test_structured_refusals",
+    "test_tokenize",
+)
 OTHER_SERVERS = {"strict", "echo", "seeded"}
 
 

@@ -189,18 +189,53 @@ def test_server_answers_on_its_port_and_drains():
         assert "Traceback" not in container.log()
 
 
-def test_real_model_is_uploaded_prepared_restored_and_answers(demo_model):
-    with deployed(SERVE_ENGINE="", SERVE_MODEL=str(demo_model), SERVE_MAX_MODEL_LEN="256") as made:
+@pytest.fixture(scope="module")
+def real(demo_model, demo_embedding) -> Iterator[Container]:
+    """SmolLM2 with MiniLM beside it, uploaded from their folders."""
+    models = {"SERVE_MODEL": str(demo_model), "SERVE_EMBEDDING_MODEL": str(demo_embedding)}
+    with deployed(SERVE_ENGINE="", SERVE_MAX_MODEL_LEN="512", SERVE_TOOL_PROMPT="generic", **models) as made:
         assert "SmolLM2-135M-Instruct" in made.output
         with made.container() as container:
-            assert container.held_at_checkpoint == []
-            pieces = list(ask(container.url, KEY, "What is the capital of France?"))
-            assert "Paris" in "".join(pieces)
-            assert len(pieces) > 5
-            with client(container) as http:
-                phases = http.get("/version").json()["phases"]
-                assert {"prepare_weights", "weights", "warm_up"} <= set(phases)
-                assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [demo_model.name]
+            yield container
+
+
+def test_real_model_is_uploaded_prepared_restored_and_answers(real, demo_model, demo_embedding):
+    assert real.held_at_checkpoint == []
+    pieces = list(ask(real.url, KEY, "What is the capital of France?"))
+    assert "Paris" in "".join(pieces)
+    assert len(pieces) > 5
+    with client(real) as http:
+        phases = http.get("/version").json()["phases"]
+        assert {"prepare_weights", "weights", "warm_up"} <= set(phases)
+        names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert names == [demo_model.name, demo_embedding.name]
+
+
+def test_real_model_answers_on_every_wire(real, demo_model, demo_embedding):
+    name = demo_model.name
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    closed = {**schema, "additionalProperties": False}
+    messages = [{"role": "user", "content": "Weather in Rome?"}]
+    with client(real) as http:
+
+        def post(path: str, **body: Any) -> dict[str, Any]:
+            answer = http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        tool = {"type": "function", "function": {"name": "weather", "parameters": closed}}
+        answer = post(COMPLETIONS, model=name, messages=messages, tools=[tool], tool_choice="required", max_tokens=60)
+        call = answer["choices"][0]["message"]["tool_calls"][0]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+
+        wanted = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": closed}}
+        answer = post(COMPLETIONS, model=name, messages=messages, response_format=wanted, max_tokens=60)
+        assert json.loads(answer["choices"][0]["message"]["content"])["city"] in ("Rome", "Oslo")
+
+        assert post("/v1/responses", model=name, input="Hi", max_output_tokens=4)["usage"]["output_tokens"] == 4
+        assert post("/v1/messages", model=name, messages=messages, max_tokens=4)["usage"]["output_tokens"] == 4
+        assert post("/v1/completions", model=name, prompt="One, two", max_tokens=4)["choices"][0]["text"]
+        assert len(post("/v1/embeddings", model=demo_embedding.name, input="a cat")["data"][0]["embedding"]) == 384
 
 
 def test_snapshot_off_loads_straight():

@@ -103,16 +103,18 @@ def test_changed_settings_make_no_new_image(account):
 
 
 def test_server_has_its_own_shape():
-    with deployed(SERVE_MODAL_PRIMITIVE="server", SERVE_MODAL_GPU="L4", SERVE_DRAIN_TIMEOUT_S="40") as made:
+    knobs = {"SERVE_MODAL_PRIMITIVE": "server", "SERVE_MODAL_GPU": "L4", "SERVE_DRAIN_TIMEOUT_S": "40"}
+    with deployed(SERVE_PORT="9000", **knobs) as made:
         function = made.function
         assert function.is_server
         config = function.http_config
-        assert (config.port, config.unauthenticated, config.startup_timeout) == (8000, True, 1800)
+        assert (config.port, config.unauthenticated, config.startup_timeout) == (9000, True, 1800)
         assert config.exit_grace_period == 45
         assert function.autoscaler_settings.min_containers == 1
         assert function.autoscaler_settings.target_concurrency_float == 64
         assert function.max_concurrent_inputs == 128
         assert "SERVE_STREAM_WRITES_PER_S" not in made.variables[1]
+        assert made.variables[1]["SERVE_PORT"] == "9000"
 
 
 def test_knobs_reach_modal(account):
@@ -190,6 +192,14 @@ def test_command_shows_the_refusal_and_the_ready_command(account):
     assert done.returncode == 1
     ready = r"SERVE_ENGINE=echo SERVE_MODAL_GPU=L4 SERVE_API_KEYS=sk-[0-9a-f]{48} modal deploy deploy/modal/app\.py\n"
     assert re.search(ready, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert account.requests == []
+
+
+def test_missing_token_is_told_without_a_traceback(account):
+    done = modal_deploy(account, MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")
+    assert done.returncode == 1
+    assert "Not deployed: Token missing" in done.stderr
     assert "Traceback" not in done.stderr
     assert account.requests == []
 
