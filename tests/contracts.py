@@ -101,7 +101,8 @@ def fly() -> Contract:
 def cloud_run() -> Contract:
     """PORT is set to the container's port; SIGKILL comes 10 s after SIGTERM."""
     container = _yaml("deploy/templates/cloud-run.yaml")["spec"]["template"]["spec"]["containers"][0]
-    port = container["ports"][0]["containerPort"]
+    port, start = container["ports"][0]["containerPort"], container["startupProbe"]
+    assert start["failureThreshold"] * start["periodSeconds"] <= 1800, "Cloud Run's limit with a GPU"
     return Contract(
         environment={**_named(container["env"]), "PORT": str(port)},
         port=port,
@@ -119,6 +120,7 @@ def azure_container_apps() -> Contract:
     port = given["configuration"]["ingress"]["targetPort"]
     assert probes.keys() == {"Startup", "Liveness", "Readiness"}
     assert {probe["port"] for probe in probes.values()} == {port}
+    assert all(1 <= probe.get("failureThreshold", 3) <= 10 for probe in container["probes"]), "Azure's limits"
     return Contract(
         environment=_named(container["env"]),
         port=port,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from containers import free_port
 
+from serve.engine import cgroup
 from trimaran.emulate.render import session as sessions
 from trimaran.emulate.render.instance import Instance
 from trimaran.emulate.render.rules import Verdict
@@ -88,6 +89,8 @@ def test_memory_beyond_the_plan_is_killed(tmp_path: Path) -> None:
         assert instance.peak_bytes > 20 * 2**20
     finally:
         instance.close()
+    assert cgroup.cpus(tmp_path / "cgroup") == 0.5
+    assert cgroup.free_memory(tmp_path / "cgroup") == 0, "what it took is seen by the server itself"
 
 
 def test_scene_has_the_blueprints_variables_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
