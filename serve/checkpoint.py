@@ -56,6 +56,11 @@ def vocab_size(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The number format that the files name, such as ``bfloat16``; None when they name none."""
+    return config.get("dtype") or config.get("torch_dtype") or _text_config(config).get("dtype")
+
+
 def default_sampling(folder: Path) -> dict[str, float]:
     """What the model's authors recommend when a request leaves it out: temperature, top_p, top_k, min_p.
 

@@ -12,6 +12,7 @@ import click
 
 from serve.errors import ServeError
 from trimaran.deploy.commands import deploy
+from trimaran.doctor.command import doctor
 from trimaran.emulate.commands import emulate
 from trimaran.plan.command import plan
 from trimaran.usage import usage
@@ -111,6 +112,7 @@ def demo_model(embedding: bool) -> None:
 main.add_command(emulate)
 main.add_command(deploy)
 main.add_command(plan)
+main.add_command(doctor)
 main.add_command(usage)
 
 

@@ -33,12 +33,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def checkpoint_dtype(config: dict[str, Any]) -> str | None:
-    """The number format that config.json names."""
-    text_config: dict[str, Any] = config.get("text_config") or {}
-    return config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
-
-
 def load_model(
     files: ModelFiles, dtype: torch.dtype, device: torch.device, config: EngineConfig, prepared: Any = None
 ) -> Any:
@@ -83,7 +77,7 @@ def load_detached(files: ModelFiles, config: EngineConfig) -> Any:
     checkpoint.check_architecture(raw, config.trust_remote_code)
     if checkpoint.is_quantized(raw):
         return None
-    own = checkpoint_dtype(raw)
+    own = checkpoint.stored_dtype(raw)
     if config.dtype != "auto" or config.device == "cpu" or own is None:
         dtype = choose_dtype(config.dtype, torch.device("cpu"), own).value
     else:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from serve.checkpoint import stored_dtype
 from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
 from serve.engine.device import (
     available_memory,
@@ -86,8 +87,8 @@ class TransformersRunner:
         from serve.engine import loader  # noqa: PLC0415
 
         self._device = choose_device(self._config.device)
-        checkpoint = loader.checkpoint_dtype(loader.read_config(files.folder))
-        self._dtype = choose_dtype(self._config.dtype, self._device.value, checkpoint)
+        stored = stored_dtype(loader.read_config(files.folder))
+        self._dtype = choose_dtype(self._config.dtype, self._device.value, stored)
         logger.info("Device: %s (%s)", self._device.value, self._device.reason)
         logger.info("Dtype: %s (%s)", self._dtype.value, self._dtype.reason)
         logger.info("Threads: %d (%s)", self._threads.value, self._threads.reason)

@@ -78,12 +78,12 @@ def runpod(context: click.Context, **options: Any) -> None:
 
 
 def _spec(options: dict[str, Any]) -> EndpointSpec:
-    from trimaran.platforms.runpod.endpoint import IMAGE_GB, EndpointSpec  # noqa: PLC0415
+    from trimaran.platforms.runpod.endpoint import EndpointSpec, disk_for  # noqa: PLC0415
 
     secrets = {"HF_TOKEN": options["hf_token_secret"], "SERVE_API_KEYS": options["api_keys_secret"]}
     disk_gb = options["disk_gb"]
     if disk_gb is None and options["weights_gb"] is not None:
-        disk_gb = round(IMAGE_GB + 1.2 * options["weights_gb"] + 1)
+        disk_gb = disk_for(options["weights_gb"])
     taken = ("name", "mode", "image", "pools", "excluded", "gpu_count", "min_cuda", "workers_min", "workers_max")
     more = ("idle_s", "timeout_s", "flashboot", "volumes", "data_centers", "registry", "unset")
     return EndpointSpec(

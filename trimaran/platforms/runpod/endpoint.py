@@ -34,6 +34,11 @@ DEFAULTS: dict[str, Any] = {
 Json = dict[str, Any]
 
 
+def disk_for(weights_gb: float) -> int:
+    """Gigabytes of a disk with room for the image and the weights."""
+    return round(IMAGE_GB + 1.2 * weights_gb + 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointSpec:
     """What was asked for; None means: as it is, or the default of a new endpoint.

@@ -1,0 +1,85 @@
+"""``trimaran doctor``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from serve.errors import ConfigError
+from trimaran.doctor.finding import Finding, Findings, Situation
+
+PLATFORMS = ("modal", "runpod", "render")
+
+
+@click.command(epilog="Example: SERVE_MODAL_GPU=L4 trimaran doctor ./my-model --platform modal")
+@click.argument("model", required=False)
+@click.option("--platform", type=click.Choice(PLATFORMS), help="Where it shall run.  Default: only the model.")
+@click.option("--gpu", "gpus", multiple=True, help="GPU of Modal or pool of RunPod; repeatable.  Default: as deployed.")
+@click.option("--plan", help="Instance type of Render.  Default: standard.")
+@click.option("--image", help="The image that is deployed (RunPod, Render).")
+@click.option("--mode", type=click.Choice(["queue", "http"]), default="queue", show_default=True, help="Of RunPod.")
+@click.option("--name", default="trimaran", show_default=True, help="Of the endpoint at RunPod.")
+@click.option("--min-cuda", help="Lowest CUDA version of the driver at RunPod.")
+@click.option("--disk-gb", type=click.IntRange(1), help="The container's disk at RunPod.")
+@click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Of Render.")
+@click.option("--blueprint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of Render, checked.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def doctor(context: click.Context, model: str | None, as_json: bool, **options: Any) -> None:
+    """Find what would go wrong with a deployment, before it costs time or money.
+
+    Settings are those that the deploy would use: SERVE_* variables.  MODEL overrides SERVE_MODEL.  Each finding says
+    what, why it hurts, and the command that mends it.  Status 0: nothing found, 1: findings, 2: a wrong option.
+    """
+    found = examine(model, options)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        for finding in found:
+            click.echo(f"{finding.name}: {finding.what}\n  why   {finding.why}\n  mend  {finding.mend}\n")
+        click.echo(f"{len(found)} findings" if found else "nothing known is wrong", err=True)
+    context.exit(1 if found else 0)
+
+
+def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
+    """All findings, each once.
+
+    Args:
+        model: A folder or a Hub id; None: from the settings.
+        options: The command's, by the names of :class:`Situation`, with ``shutdown_delay``.
+    """
+    from serve.settings import EngineName, load_settings  # noqa: PLC0415
+    from trimaran.doctor import hardware, setup  # noqa: PLC0415
+    from trimaran.doctor import model as about_model  # noqa: PLC0415
+
+    try:
+        # Loopback: whether keys are needed is the platform's affair, and checked below.
+        settings = load_settings(host="127.0.0.1", **({"model": model} if model else {}))
+    except ConfigError as error:
+        why = "The server would end with status 2, in the cloud too."
+        return [Finding("wrong-setting", line, why, "set it as the message says") for line in error.message.split("\n")]
+    situation = Situation(
+        settings=settings,
+        shutdown_delay_s=options["shutdown_delay"],
+        **{name: value for name, value in options.items() if name not in {"shutdown_delay", "gpus"}},
+    )
+    situation.gpus = options["gpus"] or _modal_gpus(situation)
+    serves = settings.engine is EngineName.TRANSFORMERS
+    checks = (*about_model.CHECKS, *hardware.OF_MODELS) if serves else ()
+    return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *setup.CHECKS), situation)))
+
+
+def _modal_gpus(situation: Situation) -> tuple[str, ...]:
+    given = os.environ.get("SERVE_MODAL_GPU", "") if situation.platform == "modal" else ""
+    return tuple(name.strip().upper() for name in given.split(",") if name.strip())
+
+
+def _all(checks: Iterable[Callable[[Situation], Findings]], situation: Situation) -> Findings:
+    for check in checks:
+        yield from check(situation)
