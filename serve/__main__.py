@@ -43,12 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve"]:  # as SageMaker starts containers
         del arguments[0]
-    given = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
     try:
-        return _serve(load_settings(**given))
+        return _serve(load_settings(**given_options(arguments)))
     except ConfigError as error:
         sys.stderr.write(f"{error.message}\n")
         return error.exit_status
+
+
+def given_options(arguments: Sequence[str]) -> dict[str, str]:
+    """The settings that a command line names, as text; a wrong one ends the process with status 2."""
+    return {name: value for name, value in vars(_parser().parse_args(list(arguments))).items() if value is not None}
 
 
 def _serve(settings: Settings) -> int:

@@ -12,11 +12,12 @@ import shlex
 from collections.abc import Mapping
 
 from serve.errors import ConfigError
+from serve.setting_file import as_variables, platform_section
 from serve.settings import PREFIX, Settings
 
 
 class Knobs:
-    """Variables with one prefix.
+    """Variables with one prefix; below them, ``trimaran.toml`` has a section for them, such as ``[modal]``.
 
     Args:
         prefix: Such as ``SERVE_MODAL_``.
@@ -35,14 +36,19 @@ class Knobs:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "."
                 raise ConfigError(f"{name} is no knob{hint} There are: {', '.join(table)}")
+        section = prefix.split("_")[1].lower()
+        self._file = as_variables(platform_section(section, [name.lower() for name in table]), prefix)
 
     def given(self) -> dict[str, str]:
         """Those that are set."""
-        return {self._prefix + name: value for name in self._table if (value := os.environ.get(self._prefix + name))}
+        return {self._prefix + name: value for name in self._table if (value := self._given(name))}
+
+    def _given(self, name: str) -> str:
+        return os.environ.get(self._prefix + name, "").strip() or self._file.get(self._prefix + name, "")
 
     def text(self, name: str) -> str:
         """A value as it is."""
-        return os.environ.get(self._prefix + name, "").strip() or self._table[name][0]
+        return self._given(name) or self._table[name][0]
 
     def names(self, name: str) -> list[str]:
         """A list, separated by commas."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from serve.errors import ConfigError
@@ -70,6 +72,11 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+def secret_names(fields: Mapping[str, FieldInfo]) -> frozenset[str]:
+    """The settings that are never written into files, logs or images."""
+    return frozenset(name for name, field in fields.items() if "Secret" in str(field.annotation))
+
+
 def holds_model(folder: Path) -> bool:
     """Whether a checkpoint or an adapter lies there; unreadable counts, so that loading can say so."""
     try:
@@ -116,7 +123,5 @@ def _wrong_value(problem: Any, settings: type[BaseSettings]) -> str:
         return message
     name = str(problem["loc"][0])
     variable = name if name.isupper() else settings.model_config.get("env_prefix", "") + name.upper()
-    field = settings.model_fields.get(name)
-    is_secret = field is not None and "Secret" in str(field.annotation)
-    shown = "" if is_secret else f"={problem['input']!r}"
+    shown = "" if name in secret_names(settings.model_fields) else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}"

@@ -1,7 +1,7 @@
 """Every knob of the container, in one class, read from the environment.
 
-Precedence: argument > environment > ``.env`` > default.  Read only by the composition roots (``serve.__main__``,
-``serve.api.app``, the adapters under ``deploy/``); everything deeper gets plain values.
+Precedence: argument > environment > ``.env`` > ``trimaran.toml`` > default.  Read only by the composition roots
+(``serve.__main__``, ``serve.api.app``, the adapters under ``deploy/``); everything deeper gets plain values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serve.engine.base import EngineConfig
 from serve.limits import Allowance
+from serve.setting_file import FileSource
 from serve.setting_values import (
     Device,
     Dtype,
@@ -140,6 +141,13 @@ class Settings(BaseSettings):
     )
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Argument, environment, ``.env``, ``trimaran.toml``, default."""
+        return (*sources, *named.values(), FileSource(settings_cls))
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,8 @@ from importlib.metadata import version as installed_version
 import click
 
 from serve.errors import ServeError
+from trimaran.config.command import config
+from trimaran.config.init import init
 from trimaran.deploy.commands import deploy
 from trimaran.doctor.command import doctor
 from trimaran.emulate.commands import emulate
@@ -38,8 +40,19 @@ def _version() -> str:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_version(), prog_name="trimaran")
-def main() -> None:
-    """Serve Hugging Face models on Modal, RunPod and Render, proven on your own machine first."""
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Serve Hugging Face models on Modal, RunPod and Render, proven on your own machine first.
+
+    Exit status of every command: 0 done, 1 it failed or found something, 2 a setting or an option is wrong, 3 the model
+    cannot be loaded, 130 interrupted.
+    """
+    from serve.setting_file import FILE  # noqa: PLC0415
+
+    if FILE.exists():
+        from trimaran.config.defaults import defaults  # noqa: PLC0415
+
+        context.default_map = defaults()
 
 
 @main.command(
@@ -84,6 +97,7 @@ def _names_model(options: tuple[str, ...]) -> bool:
         return True
     from pydantic_settings import BaseSettings  # noqa: PLC0415
 
+    from serve.setting_file import FileSource  # noqa: PLC0415
     from serve.settings import Settings  # noqa: PLC0415
 
     class Given(BaseSettings):
@@ -91,8 +105,9 @@ def _names_model(options: tuple[str, ...]) -> bool:
         model: str = ""
         engine: str = "transformers"
 
-    given = Given()
-    return bool(given.model) or given.engine != "transformers"
+    given, file = Given(), FileSource(Settings)()
+    engines = {given.engine, file.get("engine", "transformers")}
+    return bool(given.model or file.get("model")) or engines != {"transformers"}
 
 
 @main.command("demo-model", epilog='Example: SERVE_MODEL="$(trimaran demo-model)" python -m serve')
@@ -109,6 +124,8 @@ def demo_model(embedding: bool) -> None:
     click.echo(demo_embedding.prepare() if embedding else model.prepare())
 
 
+main.add_command(init)
+main.add_command(config)
 main.add_command(emulate)
 main.add_command(deploy)
 main.add_command(plan)

@@ -10,9 +10,10 @@ HEADER = """\
 # Configuration
 
 The container reads its environment only: every setting is a variable. On the command line the same setting is an
-option: `SERVE_MAX_QUEUE=8` is `--max-queue 8`. An argument wins over the environment, the environment over a `.env`
-file, that over the default. An empty variable counts as unset. A wrong value stops the start with status 2 and the
-variable's name.
+option: `SERVE_MAX_QUEUE=8` is `--max-queue 8`. On your machine it may be a line of `trimaran.toml` too: `max_queue = 8`
+(`trimaran init` writes one, `trimaran config --origin` shows what is in force). An argument wins over the environment,
+that over a `.env` file, that over `trimaran.toml`, that over the default. An empty variable counts as unset. A wrong
+value stops the start with status 2 and the variable's name.
 
 This page is made by `scripts/reference`.
 

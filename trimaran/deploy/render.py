@@ -67,11 +67,12 @@ def render(context: click.Context, **options: Any) -> None:
 
 
 def _spec(options: dict[str, Any]) -> ServiceSpec:
+    from trimaran.config.defaults import deploy_variables  # noqa: PLC0415
     from trimaran.platforms.render.service import ServiceSpec  # noqa: PLC0415
 
     if options["image"] and options["repo"]:
         raise ConfigError("name an --image or a --repo, not both")
-    environment = dict(_pair(variable) for variable in options["variables"])
+    environment = {**deploy_variables(), **dict(_pair(variable) for variable in options["variables"])}
     if options["gateway"]:
         environment |= {"SERVE_ENGINE": "remote", "SERVE_REMOTE_URL": options["gateway"]}
     elif "SERVE_ENGINE" not in environment:
@@ -113,7 +114,9 @@ def _plan(environment: dict[str, str]) -> str:
 
 
 def _model(given: str | None) -> str:
-    model = given or os.environ.get("SERVE_MODEL", "")
+    from trimaran.config.defaults import model_in_force  # noqa: PLC0415
+
+    model = given or model_in_force()
     if not model:
         raise ConfigError("name a model: --model owner/name (or --gateway URL, or --env SERVE_ENGINE=echo)")
     if Path(model).expanduser().exists():

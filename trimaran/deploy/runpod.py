@@ -78,6 +78,7 @@ def runpod(context: click.Context, **options: Any) -> None:
 
 
 def _spec(options: dict[str, Any]) -> EndpointSpec:
+    from trimaran.config.defaults import deploy_variables  # noqa: PLC0415
     from trimaran.platforms.runpod.endpoint import EndpointSpec, disk_for  # noqa: PLC0415
 
     secrets = {"HF_TOKEN": options["hf_token_secret"], "SERVE_API_KEYS": options["api_keys_secret"]}
@@ -90,13 +91,15 @@ def _spec(options: dict[str, Any]) -> EndpointSpec:
         **{name: options[name] for name in (*taken, *more)},
         model=_model(options["model"]),
         disk_gb=disk_gb,
-        environment=dict(_pair(variable) for variable in options["variables"]),
+        environment={**deploy_variables(), **dict(_pair(variable) for variable in options["variables"])},
         secrets={name: secret for name, secret in secrets.items() if secret},
     )
 
 
 def _model(given: str | None) -> str | None:
-    model = given or os.environ.get("SERVE_MODEL") or None
+    from trimaran.config.defaults import model_in_force  # noqa: PLC0415
+
+    model = given or model_in_force() or None
     if model and Path(model).expanduser().is_dir():
         raise ConfigError(
             f"{model} is a folder of this machine: bake it into the image and give its path there, or push it to a "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from serve.errors import ConfigError
 from trimaran.doctor.finding import Finding, Findings, Situation
@@ -34,9 +35,14 @@ PLATFORMS = ("modal", "runpod", "render")
 def doctor(context: click.Context, model: str | None, as_json: bool, **options: Any) -> None:
     """Find what would go wrong with a deployment, before it costs time or money.
 
-    Settings are those that the deploy would use: SERVE_* variables.  MODEL overrides SERVE_MODEL.  Each finding says
-    what, why it hurts, and the command that mends it.  Status 0: nothing found, 1: findings, 2: a wrong option.
+    Settings are those that the deploy would use: SERVE_* variables and trimaran.toml.  MODEL overrides SERVE_MODEL.
+    Each finding says what, why it hurts, and the command that mends it.  Status 0: nothing found, 1: findings, 2: a
+    wrong option.
     """
+    given = _from_file(options["platform"])
+    for name in options:
+        if name in given and context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            options[name] = given[name]
     found = examine(model, options)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
@@ -66,6 +72,7 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
         return [Finding("wrong-setting", line, why, "set it as the message says") for line in error.message.split("\n")]
     situation = Situation(
         settings=settings,
+        environ=_environ(options["platform"]),
         shutdown_delay_s=options["shutdown_delay"],
         **{name: value for name, value in options.items() if name not in {"shutdown_delay", "gpus"}},
     )
@@ -75,8 +82,31 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
     return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *setup.CHECKS), situation)))
 
 
+def _from_file(platform: str | None) -> dict[str, Any]:
+    """What the platform's section says, by our options' names."""
+    from trimaran.config.defaults import platform_options  # noqa: PLC0415
+    from trimaran.deploy.render import render  # noqa: PLC0415
+    from trimaran.deploy.runpod import runpod  # noqa: PLC0415
+
+    command = {"runpod": runpod, "render": render}.get(platform or "")
+    if platform is None or command is None:
+        return {}
+    given = platform_options(platform, command)
+    if "pools" in given:
+        given["gpus"] = tuple(given.pop("pools"))
+    return given
+
+
+def _environ(platform: str | None) -> dict[str, str]:
+    """The environment, above what the file says to Modal's adapter."""
+    from serve.setting_file import as_variables, read_sections  # noqa: PLC0415
+
+    file = as_variables(read_sections().get("modal", {}), "SERVE_MODAL_") if platform == "modal" else {}
+    return {**file, **os.environ}
+
+
 def _modal_gpus(situation: Situation) -> tuple[str, ...]:
-    given = os.environ.get("SERVE_MODAL_GPU", "") if situation.platform == "modal" else ""
+    given = situation.environ.get("SERVE_MODAL_GPU", "") if situation.platform == "modal" else ""
     return tuple(name.strip().upper() for name in given.split(",") if name.strip())
 
 

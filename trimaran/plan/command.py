@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,16 +49,17 @@ def _requests_per_hour(_context: click.Context, _parameter: click.Parameter, val
 def plan(model: str | None, **options: Any) -> None:
     """Where does MODEL fit, what does it cost under a load, and how often does a user wait for a boot?
 
-    MODEL is a folder, a Hugging Face id or a GGUF file; default: SERVE_MODEL.  Weights are not downloaded: headers of
-    files are read, and the model runs once without values.  No account is needed.  Status 0 when it fits somewhere,
-    1 when nowhere.
+    MODEL is a folder, a Hugging Face id or a GGUF file; default: SERVE_MODEL, or trimaran.toml.  Weights are not
+    downloaded: headers of files are read, and the model runs once without values.  No account is needed.  Status 0
+    when it fits somewhere, 1 when nowhere.
     """
+    from trimaran.config.defaults import model_in_force  # noqa: PLC0415
     from trimaran.plan import offers, report  # noqa: PLC0415
     from trimaran.plan.need import examine  # noqa: PLC0415
 
-    model = model or os.environ.get("SERVE_MODEL", "")
+    model = model or model_in_force()
     if not model:
-        raise ConfigError("name a model: trimaran plan FOLDER or owner/name (or set SERVE_MODEL)")
+        raise ConfigError("name a model: trimaran plan FOLDER or owner/name (or set SERVE_MODEL, or: trimaran init)")
     wishes = _wishes(options)
     prices, warning = _prices(options["refresh"], wishes.platforms)
     click.echo(f"Examining {model} ...", err=True)
