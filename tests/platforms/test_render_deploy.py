@@ -112,6 +112,9 @@ def test_status_and_logs_show_what_render_has(fake: FakeRender) -> None:
     assert IMAGE in shown
     assert "live" in shown
     assert run("logs", "--name", "chat", "--limit", "2").stdout == "t1  line 1\nt2  line 2\n"
+    assert json.loads(run("status", "--name", "chat", "--json").stdout)["service"]["name"] == "chat"
+    lines = run("logs", "--name", "chat", "--limit", "2", "--json").stdout.splitlines()
+    assert [json.loads(line)["message"] for line in lines] == ["line 1", "line 2"]
     assert "no service named 'other'" in run("logs", "--name", "other", succeeds=False).stderr
 
 

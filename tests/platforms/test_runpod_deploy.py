@@ -121,6 +121,9 @@ def test_status_logs_rollback_and_delete(fake: FakeRunpodApi):
     assert f"{IMAGE}-3" in shown
     assert "version 3" in shown
     assert "w1  Ready after 3 s" in run("logs", "--name", "chat").stdout
+    assert json.loads(run("status", "--name", "chat", "--json").stdout)["endpoint"]["name"] == "chat"
+    (line,) = run("logs", "--name", "chat", "--json").stdout.splitlines()
+    assert json.loads(line)["worker"] == "w1"
     run("rollback", "--name", "chat")
     assert sent(fake, "PATCH") == {"image": f"{IMAGE}-2"}
     run("rollback", "--name", "chat", "--to", "1")

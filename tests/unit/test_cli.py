@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from serve.errors import ConfigError, ModelLoadError, ServeError
 from trimaran import demo_model
 from trimaran.cli import main
+from trimaran.cli_reference import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,11 +44,27 @@ def test_cli_help_is_quick(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
-@pytest.mark.parametrize("name", main.commands)
-def test_cli_command_help_has_an_example(name: str) -> None:
-    done = CliRunner().invoke(main, [name, "--help"])
+COMMANDS = dict(commands(main, "trimaran"))
+DATA = [
+    "plan", "doctor", "config", "usage", "demo-model", "deploy render check", "deploy render status",
+    "deploy render logs", "deploy runpod status", "deploy runpod logs",
+]  # fmt: skip
+"""Commands that print data."""
+
+
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path != "trimaran"])
+def test_cli_command_help_has_an_example(path: str) -> None:
+    done = CliRunner().invoke(main, [*path.split()[1:], "--help"])
     assert done.exit_code == 0
-    assert "Example: " in done.stdout
+    example = done.stdout.partition("Example: ")[2]
+    assert "trimaran" in example
+    assert path.split()[-1] in example
+
+
+@pytest.mark.parametrize("path", DATA)
+def test_cli_command_with_data_prints_json_on_request(path: str) -> None:
+    options = [option for parameter in COMMANDS[f"trimaran {path}"].params for option in parameter.opts]
+    assert "--json" in options
 
 
 def test_cli_version_is_the_projects() -> None:

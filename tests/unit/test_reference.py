@@ -13,6 +13,8 @@ from serve.api.schemas.embeddings import EmbeddingRequest
 from serve.api.schemas.messages import CountTokensRequest, MessagesRequest
 from serve.api.schemas.responses import ResponsesRequest
 from serve.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from trimaran.cli import main
+from trimaran.cli_reference import cli_reference
 from trimaran.http_reference import http_api
 from trimaran.reference import configuration, knob_configuration, platform_configuration
 
@@ -98,6 +100,11 @@ def test_platform_page_is_current(platform):
 
 def test_page_of_modals_knobs_is_current():
     assert MODAL_PAGE.read_text(encoding="utf-8") == modal_page(), "run scripts/reference"
+
+
+def test_page_of_the_command_is_current():
+    page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    assert page == cli_reference(main, "trimaran"), "run scripts/reference"
 
 
 def test_links_between_the_documents_lead_somewhere():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,24 +196,31 @@ def _api() -> RenderApi:
 @render.command(epilog="Example: trimaran deploy render check deploy/render/render.yaml")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default="render.yaml")
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".", help="Repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def check(context: click.Context, file: Path, root: Path) -> None:
+def check(context: click.Context, file: Path, root: Path, as_json: bool) -> None:
     """Find everything that is wrong with a Blueprint, before Render does; status 1 when anything is."""
     from trimaran.platforms.render.check import check_blueprint  # noqa: PLC0415
 
     findings = check_blueprint(file.read_text(encoding="utf-8"), root)
-    for finding in findings:
-        click.echo(str(finding))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        click.echo("".join(f"{finding}\n" for finding in findings), nl=False)
     click.echo(f"{len(findings)} findings" if findings else f"{file}: nothing known is wrong", err=True)
     context.exit(1 if findings else 0)
 
 
 @render.command(epilog="Example: trimaran deploy render status --name chat")
 @name_option
-def status(name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(name: str, as_json: bool) -> None:
     """Show the service and its latest deploys."""
     api = _api()
     service = api.get(name)
+    if as_json:
+        click.echo(json.dumps({"service": service, "deploys": api.deploys(service["id"], limit=5)}, indent=2))
+        return
     state = "suspended" if service.get("suspended") == "suspended" else "running"
     click.echo(f"{service['name']}  {service['id']}  {state}  {_address(service)}")
     for deploy in api.deploys(service["id"], limit=5):
@@ -228,11 +236,12 @@ def _what(deploy: dict[str, Any]) -> str:
 @render.command(epilog="Example: trimaran deploy render logs --name chat --limit 50")
 @name_option
 @click.option("--limit", type=click.IntRange(1, 100), default=100, show_default=True, help="Lines.")
-def logs(name: str, limit: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def logs(name: str, limit: int, as_json: bool) -> None:
     """Show the service's latest log lines."""
     api = _api()
     for line in api.logs(api.get(name), limit):
-        click.echo(f"{line['timestamp']}  {line['message']}")
+        click.echo(json.dumps(line) if as_json else f"{line['timestamp']}  {line['message']}")
 
 
 @render.command(epilog="Example: trimaran deploy render rollback --name chat")

@@ -188,10 +188,17 @@ def _api() -> RunpodApi:
 @runpod.command(epilog="Example: trimaran deploy runpod status --name chat")
 @name_option
 @id_option
-def status(name: str, endpoint_id: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
     """Show the endpoint, its workers and its releases."""
+    from trimaran.platforms.runpod.endpoint import without_values  # noqa: PLC0415
+
     api = _api()
     endpoint = api.get(name, endpoint_id)
+    if as_json:
+        shown = {"workers": api.workers(endpoint["id"])["workers"], "releases": api.releases(endpoint["id"])[:5]}
+        click.echo(json.dumps({"endpoint": without_values(endpoint), **shown}, indent=2))
+        return
     scale = endpoint["workers"]
     click.echo(f"{endpoint['name']}  {endpoint['id']}  {endpoint.get('type', '')}  {endpoint.get('image', '')}")
     click.echo(f"  workers {scale['min']} to {scale['max']}, flashboot {endpoint['flashboot']}")
@@ -212,7 +219,8 @@ def status(name: str, endpoint_id: str | None) -> None:
 @click.option(
     "--quiet", "quiet_s", type=float, default=2.0, show_default=True, help="End after seconds without a line."
 )
-def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, quiet_s: float) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, quiet_s: float, as_json: bool) -> None:
     """Show the workers' latest log lines."""
     api = _api()
     endpoint = api.get(name, endpoint_id)
@@ -221,7 +229,8 @@ def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, q
         click.echo("no worker runs now; RunPod keeps the logs of ended workers in its console", err=True)
     for worker in workers:
         for line in api.logs(endpoint["id"], worker, tail, quiet_s):
-            click.echo(f"{line.get('ts', '')}  {worker}  {line.get('line', '')}")
+            text = f"{line.get('ts', '')}  {worker}  {line.get('line', '')}"
+            click.echo(json.dumps({**line, "worker": worker}) if as_json else text)
 
 
 @runpod.command(epilog="Example: trimaran deploy runpod rollback --name chat")

@@ -77,9 +77,15 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
         **{name: value for name, value in options.items() if name not in {"shutdown_delay", "gpus"}},
     )
     situation.gpus = options["gpus"] or _modal_gpus(situation)
-    serves = settings.engine is EngineName.TRANSFORMERS
+    is_elsewhere = options["platform"] in {"runpod", "render"} and _is_in_image(settings.model)
+    serves = settings.engine is EngineName.TRANSFORMERS and not is_elsewhere
     checks = (*about_model.CHECKS, *hardware.OF_MODELS) if serves else ()
     return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *setup.CHECKS), situation)))
+
+
+def _is_in_image(model: str) -> bool:
+    """A path that this machine does not have: of the image, where nothing can be seen from here."""
+    return model.startswith("/") and not Path(model).exists()
 
 
 def _from_file(platform: str | None) -> dict[str, Any]:
