@@ -64,6 +64,21 @@ def test_dry_run_takes_the_bytes_of_a_real_run(family: Family, tmp_path):
         assert found.kv_bytes_per_token * 2 * runner.max_model_len == sum(tensor.nbytes for tensor in kept)
 
 
+@pytest.mark.parametrize("name", ["Jamba", "Qwen3Next", "Mamba2"])
+def test_long_context_of_a_recurrent_model_is_what_a_real_run_takes(name: str, tmp_path):
+    """Its tokens are not run one by one."""
+    from transformers import AutoModelForCausalLM
+
+    folder = save(tmp_path, next(family for family in FAMILIES if family.id == name), max_position_embeddings=1024)
+    found = dry_run(folder, "float32", 200)
+    assert isinstance(found, DryRun), found
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        out = model(input_ids=torch.ones(1, 200, dtype=torch.long), use_cache=True)
+    cache = next(kept for kind in CACHE_NAMES if (kept := out.get(kind)) is not None)
+    assert found.own_cache_bytes == num_bytes_below(cache)
+
+
 def test_enough_families_are_compared():
     assert len([family for family in FAMILIES if family.id in CHOSEN]) == len(CHOSEN) >= 8
 

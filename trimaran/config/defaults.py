@@ -41,7 +41,8 @@ def platform_options(platform: str, command: click.Command) -> Json:
 
 
 def _as_given(option: click.Option, value: Any) -> Any:
-    return [value] if option.multiple and not isinstance(value, list) else value
+    is_single = option.multiple and not isinstance(value, list)
+    return [value] if is_single else value
 
 
 def deploy_variables() -> dict[str, str]:

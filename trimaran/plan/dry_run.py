@@ -5,7 +5,6 @@ Nothing is downloaded, no memory is taken, and Python code that comes with the m
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 from serve.errors import ModelLoadError
 
-logger = logging.getLogger(__name__)
+WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
+SHORT_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,6 @@ def _build(folder: Path, dtype: Any) -> Any:
 
 
 def _measure(model: Any, context: int) -> DryRun:
-    from serve.engine.alone import CACHE_NAMES, num_bytes_below  # noqa: PLC0415
     from serve.engine.survey import NotBatchable, survey  # noqa: PLC0415
 
     tensors = [*model.parameters(), *model.buffers()]
@@ -103,15 +102,33 @@ def _measure(model: Any, context: int) -> DryRun:
         per_token = survey(model).bytes_per_token
     except NotBatchable as error:
         reason = str(error)
-    out = model(**_tokens(model, context))
-    cache = next((found for name in CACHE_NAMES if (found := out.get(name)) is not None), None)
     return DryRun(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         kv_bytes_per_token=per_token,
-        own_cache_bytes=num_bytes_below(cache),
+        own_cache_bytes=_cache_bytes(model, context, is_slow=bool(reason)),
         reason=reason,
     )
+
+
+def _cache_bytes(model: Any, context: int, is_slow: bool) -> int:
+    """Bytes of the model's own cache after ``context`` tokens.
+
+    Recurrent layers take their tokens one by one.  Where no window ends, two short runs say how the cache grows.
+    """
+    config = model.config.get_text_config()
+    windows = [size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size < context]
+    if not is_slow or context <= 2 * SHORT_TOKENS or windows:
+        return _run(model, context)
+    short, long = _run(model, SHORT_TOKENS), _run(model, 2 * SHORT_TOKENS)
+    return long + (long - short) // SHORT_TOKENS * (context - 2 * SHORT_TOKENS)
+
+
+def _run(model: Any, num_tokens: int) -> int:
+    from serve.engine.alone import CACHE_NAMES, num_bytes_below  # noqa: PLC0415
+
+    out = model(**_tokens(model, num_tokens))
+    return num_bytes_below(next((found for name in CACHE_NAMES if (found := out.get(name)) is not None), None))
 
 
 def _tokens(model: Any, context: int) -> dict[str, Any]:
