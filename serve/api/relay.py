@@ -179,7 +179,11 @@ async def _frames(
             yield KEEP_ALIVE
         if not _is_stream(answer):
             body = await passage.result(passage.begin(_read(answer))) or b""
-            yield _last(_one_line(_told(answer, body, record) if answer.status >= 400 else body), record.route)
+            if answer.status >= 400:
+                body = _told(answer, body, record)
+            elif watch is not None:
+                watch(body)
+            yield _last(_one_line(body), record.route)
             return
         chunks, is_between = aiter(answer.chunks()), True
         while True:
