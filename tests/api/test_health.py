@@ -13,7 +13,7 @@ import checkpoints
 import httpx2 as httpx
 import pytest
 import support
-from support import chat, loading, openai_error, serving
+from support import chat, eventually, loading, openai_error, running, serving
 
 from serve.engine.echo import EchoEngine
 from serve.errors import ModelLoadError
@@ -128,3 +128,20 @@ def test_health_answers_while_a_long_prompt_is_tokenised(tmp_path: Path) -> None
     # One answer before, after and between the requests would come from a loop that tokenises itself.
     assert during > 5
     assert set(statuses) == {200}
+
+
+WATCH_COLLECTOR = """
+import gc, sys, threading, time
+def tell():
+    while not gc.get_freeze_count():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    sys.stderr.write(f"collecting: {gc.isenabled()}\\n")
+threading.Thread(target=tell, daemon=True).start()
+"""
+
+
+def test_garbage_is_collected_again_once_the_port_is_open() -> None:
+    with running(before=WATCH_COLLECTOR) as process:
+        eventually(lambda: "collecting: " in process.log, timeout_s=30)
+        assert "collecting: True" in process.log
