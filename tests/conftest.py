@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 TESTS = Path(__file__).parent
-LAYERS = ("unit", "engine", "api", "security", "platforms", "image", "browser")
+LAYERS = ("unit", "engine", "api", "security", "platforms", "image", "browser", "examples")
 FOREIGN = ("SERVE_", "TRIMARAN_", "HF_", "MODAL_", "RUNPOD_")
 
 # As the server sets it: OpenMP threads that spin while they wait starve each other on a busy machine.
