@@ -64,6 +64,13 @@ class ToolPrompt(StrEnum):
     GENERIC = "generic"
 
 
+class ImageInput(StrEnum):
+    """What becomes of an image in a message to a model that reads text only."""
+
+    REFUSE = "refuse"
+    NOTE = "note"
+
+
 class LogFormat(StrEnum):
     """How log lines look; ``auto`` is text on a terminal and JSON elsewhere."""
 

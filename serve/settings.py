@@ -23,6 +23,7 @@ from serve.setting_values import (
     Device,
     Dtype,
     EngineName,
+    ImageInput,
     LogFormat,
     ToolParser,
     ToolPrompt,
@@ -72,6 +73,10 @@ class Settings(BaseSettings):
     tool_prompt: ToolPrompt = Field(
         ToolPrompt.NONE,
         description="generic: explain tools in a system message to a model whose chat template knows none. none: 400.",
+    )
+    image_input: ImageInput = Field(
+        ImageInput.REFUSE,
+        description="An image in a message: refuse is 400; note puts a text in its place that the model cannot see it.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     engine: EngineName = Field(

@@ -26,6 +26,8 @@ the same is at `/openapi.json` and `/docs` of a running server.
   could do otherwise. *Refused* ones are known and not implemented: anything but the values named is 400
   `unsupported_parameter`. Null is the same as leaving a field out, except where it is required. A field
   that no table names is accepted and listed in the header `x-ignored-parameters`; with `SERVE_STRICT=true` it is 400.
+- **Images, sound, files** in messages are 400 with the name of the part. `SERVE_IMAGE_INPUT=note` makes an image a
+  text that the model cannot see it, and lists the part in `x-ignored-parameters`.
 - **Errors.** `{"error": {"message", "type", "param", "code"}}`; `message` names field, value and remedy. 429 and 503
   carry `Retry-After`.
 - **Streams.** `stream: true` answers `text/event-stream`: one JSON object an event, then `data: [DONE]`. Comments

@@ -44,7 +44,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     settings: Settings = request.app.state.settings
     record: RequestRecord = request.scope["trimaran.record"]
     check_model(body.model, settings)
-    headers = check_fields(body, strict=settings.strict)
+    headers = check_fields(body, settings)
     record.model, record.is_stream = settings.served_name, bool(body.stream)
     choices, readers = await start_chat(body, request.app.state.lifecycle, record)
     heading = Heading.new("chatcmpl-", settings)

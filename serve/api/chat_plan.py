@@ -130,7 +130,10 @@ class _Work:
         if not (thinks or reads_calls):
             return lambda: None
         is_reasoning = thinks and chat.output.parser_class.opens_reasoning(end)
-        return lambda: DemandedCallsParser(known, is_reasoning=is_reasoning, reads_calls=reads_calls, thinks=thinks)
+        demands = self.tools.demands
+        return lambda: DemandedCallsParser(
+            known, is_reasoning=is_reasoning, reads_calls=reads_calls, thinks=thinks, demands=demands
+        )
 
     def _thinks(self, chat: ChatFormat) -> bool:
         """Whether reasoning may come before the constrained text: only where it stands between plain tags."""

@@ -48,7 +48,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     lifecycle: Lifecycle = request.app.state.lifecycle
     record: RequestRecord = request.scope["trimaran.record"]
     check_model(body.model, settings)
-    headers = check_fields(body, strict=settings.strict)
+    headers = check_fields(body, settings)
     n = body.n or 1
     if body.best_of not in (None, n):
         raise UnsupportedParameter(f"best_of is not supported by this server unless it is n = {n}", param="best_of")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from serve.api.errors import show
+from serve.api.fields import unread
 from serve.api.schemas.chat import Message, OtherPart, Part, RefusalPart, ToolCall
 from serve.errors import InvalidRequest, UnsupportedParameter
 
@@ -83,7 +84,7 @@ def _text(message: Message, where: str) -> str:
 
 def _part_text(part: Part, where: str) -> str:
     if isinstance(part, OtherPart):
-        raise UnsupportedParameter(f"{where} is of type {part.type}; this model reads text only", param=where)
+        raise unread(part.type, where)
     return part.refusal if isinstance(part, RefusalPart) else part.text
 
 

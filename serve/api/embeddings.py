@@ -40,7 +40,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
     lifecycle: Lifecycle = request.app.state.lifecycle
     record: RequestRecord = request.scope["trimaran.record"]
     embeddings = _model(body.model, lifecycle, settings)
-    headers = check_extras(body, strict=settings.strict)
+    headers = check_extras(body, settings)
     record.model = embeddings.name
     lifecycle.check_admission()
     await embeddings.wait(lifecycle.patience_s(record.received_at))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from serve.api.errors import explain
 from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
-from serve.api.schemas.wire import RequestBody, Wire
+from serve.api.schemas.wire import RequestBody, UnreadPart, Wire
 from serve.errors import InvalidRequest, UnsupportedParameter
+from serve.setting_values import ImageInput
+from serve.settings import Settings
 
 W = TypeVar("W", bound=Wire)
 
 MAX_NAMED = 20
 """Ignored fields that the header names."""
+
+IMAGE_NOTE = "[An image was here. This model reads text only and cannot see it.]"
+"""In the place of an image, under ``SERVE_IMAGE_INPUT=note``."""
 
 
 def validated(kind: type[W], value: Any) -> W:
@@ -31,33 +36,64 @@ def validated(kind: type[W], value: Any) -> W:
         raise explain(problems, value) from None
 
 
-def check_fields(body: RequestBody, *, strict: bool) -> dict[str, str]:
+def check_fields(body: RequestBody, settings: Settings) -> dict[str, str]:
     """Refuse by name what would have to change the answer and does not; return a header that names what is ignored.
 
     Args:
-        body: The request.
-        strict: Whether unknown fields are errors.
+        body: The request; images in it become notes where the settings say so.
+        settings: The container's: whether unknown fields are errors, and images.
 
     Raises:
         UnsupportedParameter: a known field that is not implemented asks for something.
-        InvalidRequest: ``stream_options`` without ``stream``, or an unknown field and ``strict``.
+        InvalidRequest: ``stream_options`` without ``stream``, or an unknown field and ``SERVE_STRICT``.
+    """
+    check_neutral(body)
+    if isinstance(body, SamplingFields) and body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+    return check_extras(body, settings)
+
+
+def check_neutral(body: RequestBody) -> None:
+    """The part of :func:`check_fields` that is about fields which are not implemented.
+
+    Raises:
+        UnsupportedParameter: one of them asks for something.
     """
     for name, neutral in body.NEUTRAL.items():
         _refuse(name, getattr(body, name), neutral)
-    if isinstance(body, SamplingFields) and body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
-    return check_extras(body, strict=strict)
 
 
-def check_extras(body: Wire, *, strict: bool) -> dict[str, str]:
-    """The part of :func:`check_fields` that every route shares: what no schema names."""
+def unread(kind: str, where: str) -> UnsupportedParameter:
+    """The refusal of a part of a message that is no text."""
+    return UnsupportedParameter(f"{where} is of type {kind}; this model reads text only, leave it out", param=where)
+
+
+def _note_images(value: Any, place: str) -> Iterator[str]:
+    """Put :data:`IMAGE_NOTE` in the place of every image, and tell their places."""
+    if isinstance(value, Wire):
+        for name, inner in value:
+            yield from _note_images(inner, f"{place}.{name}" if place else name)
+    elif isinstance(value, list):
+        items = cast("list[Any]", value)
+        for at, item in enumerate(items):
+            here = f"{place}[{at}]"
+            if isinstance(item, UnreadPart) and (text := item.replaced(IMAGE_NOTE)) is not None:
+                items[at] = text
+                yield here
+            else:
+                yield from _note_images(item, here)
+
+
+def check_extras(body: Wire, settings: Settings) -> dict[str, str]:
+    """The part of :func:`check_fields` that every route shares: images, and what no schema names."""
+    noted = list(_note_images(body, "")) if settings.image_input is ImageInput.NOTE else []
     extras: Mapping[str, Any] = body.model_extra or {}
     for name in sorted(REFUSED_EXTRAS.keys() & extras.keys()):
         _refuse(name, extras[name], REFUSED_EXTRAS[name])
-    if strict:
+    if settings.strict:
         for name in _unknown(body, ""):
             raise InvalidRequest(f"{name} is no field of this request; leave it out", param=name)
-    return _header(name for name in extras if name not in REFUSED_EXTRAS)
+    return _header([*noted, *(name for name in extras if name not in REFUSED_EXTRAS)])
 
 
 def _refuse(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
@@ -68,6 +104,8 @@ def _refuse(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
 
 def _unknown(value: Any, place: str) -> Iterator[str]:
     """Paths of the fields that no schema names, in the order in which they came."""
+    if isinstance(value, UnreadPart):  # refused as what it is, not for its fields
+        return
     if isinstance(value, Wire):
         for name, inner in value:
             path = f"{place}.{name}" if place else name
@@ -81,6 +119,6 @@ def _unknown(value: Any, place: str) -> Iterator[str]:
             yield from _unknown(inner, f"{place}[{index}]")
 
 
-def _header(names: Iterator[str]) -> dict[str, str]:
+def _header(names: Iterable[str]) -> dict[str, str]:
     shown = [name for name in sorted(names) if name.isascii() and name.isprintable() and len(name) <= 64]
     return {"x-ignored-parameters": ", ".join(shown[:MAX_NAMED])} if shown else {}

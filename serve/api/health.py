@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Request, Response
@@ -89,6 +90,7 @@ def batching(lifecycle: Lifecycle) -> Batching | None:
     return Batching(enabled=known.enabled, reason=known.reason) if known else None
 
 
+@cache
 def package_version() -> str:
     """The installed distribution's version."""
     try:

@@ -75,4 +75,4 @@ async def count_message_tokens(body: CountTokensRequest, request: Request) -> Re
 def _begin(body: CountTokensRequest, settings: Settings, record: RequestRecord) -> dict[str, str]:
     check_model(body.model, settings)
     record.model = settings.served_name
-    return check_fields(body, strict=settings.strict)
+    return check_fields(body, settings)

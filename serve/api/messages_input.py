@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from serve.api.errors import show
+from serve.api.fields import unread
 from serve.api.schemas.messages import (
     Block,
     CountTokensRequest,
@@ -96,8 +97,10 @@ def _messages(messages: Sequence[InputMessage]) -> Iterator[dict[str, Any]]:
             yield from _from_user(message.role, message.content, where, call_ids)
 
 
-def _from_user(role: str, blocks: Iterable[Block], where: str, call_ids: Set[str]) -> Iterator[dict[str, Any]]:
+def _from_user(role: str, blocks: Sequence[Block], where: str, call_ids: Set[str]) -> Iterator[dict[str, Any]]:
     texts: list[TextBlock] = []
+    if not blocks:
+        raise InvalidRequest(f"{where} is empty; add a block", param=where)
     for at, block in enumerate(blocks):
         place = f"{where}[{at}]"
         if isinstance(block, TextBlock):
@@ -155,7 +158,7 @@ def _result(block: ToolResultBlock, where: str) -> str | list[dict[str, Any]]:
 
 def _refused(block: Block, where: str, role: str) -> InvalidRequest | UnsupportedParameter:
     if isinstance(block, OtherBlock):
-        return UnsupportedParameter(f"{where} is of type {block.type}; this model reads text only", param=where)
+        return unread(block.type, where)
     return InvalidRequest(f"{where} is of type {block.type}, which the role {role} cannot have", param=where)
 
 

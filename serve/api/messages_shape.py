@@ -33,7 +33,7 @@ from serve.api.schemas.message_events import (
     ThinkingDelta,
     ToolUseContent,
 )
-from serve.api.sse import Shape, named_frame
+from serve.api.sse import TEXT, Shape, named_frame
 from serve.errors import ServeError
 from serve.types import FinishReason, TokenEvent, Usage
 
@@ -102,11 +102,15 @@ class MessageAnswer:
 
 
 class MessageShape(Shape):
-    """The events of a message, from one reading of its answer."""
+    """The events of a message, from one reading of its answer.
+
+    What is around the text of a delta is made once for each block, since there is one delta for each token.
+    """
 
     def __init__(self, answer: MessageAnswer, request_id: str) -> None:
         self._answer = answer
         self._request_id = request_id
+        self._around: tuple[Block, bytes, bytes] | None = None
 
     keep_alive = named_frame("ping", to_json(Ping()))
 
@@ -118,10 +122,26 @@ class MessageShape(Shape):
         """The blocks' events; after the last one stop reason, usage and the end."""
         del index
         for growth in self._answer.reader.read(event):
-            yield from _frames(growth)
+            yield from self._frames(growth)
         if (stop := self._answer.stop()) is not None:
             yield _frame(MessageDelta(delta=stop, usage=self._answer.usage()))
             yield _frame(MessageStop())
+
+    def _frames(self, growth: Growth) -> Iterator[bytes]:
+        block = growth.block
+        match growth.change:
+            case Change.OPENED:
+                yield _frame(ContentBlockStart(index=block.index, content_block=_content(block)))
+            case Change.CLOSED:
+                yield _frame(ContentBlockStop(index=block.index))
+            case Change.GREW if growth.text:
+                if self._around is None or self._around[0] is not block:
+                    whole = _frame(ContentBlockDelta(index=block.index, delta=_delta(block.kind, TEXT)))
+                    before, _, after = whole.partition(to_json(TEXT))
+                    self._around = (block, before, after)
+                yield self._around[1] + to_json(growth.text) + self._around[2]
+            case _:
+                pass
 
     def failed(self, error: ServeError) -> bytes:
         """The last event of a stream that failed."""
@@ -130,19 +150,6 @@ class MessageShape(Shape):
 
 def _frame(event: BaseModel) -> bytes:
     return named_frame(cast("Any", event).type, to_json(event))
-
-
-def _frames(growth: Growth) -> Iterator[bytes]:
-    block = growth.block
-    match growth.change:
-        case Change.OPENED:
-            yield _frame(ContentBlockStart(index=block.index, content_block=_content(block)))
-        case Change.CLOSED:
-            yield _frame(ContentBlockStop(index=block.index))
-        case Change.GREW if growth.text:
-            yield _frame(ContentBlockDelta(index=block.index, delta=_delta(block.kind, growth.text)))
-        case _:
-            pass
 
 
 def _delta(kind: Kind, text: str) -> TextDelta | ThinkingDelta | InputJsonDelta:

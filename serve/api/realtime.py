@@ -154,7 +154,7 @@ class _Connection:
         body = _validated(message)
         check_model(body.model, self._settings)
         body.stream = True
-        check_fields(body, strict=self._settings.strict)
+        check_fields(body, self._settings)
         record.model = self._settings.served_name
         choices, readers = await start_chat(body, self._lifecycle, record)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -60,7 +60,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     store = _store(request)
     record: RequestRecord = request.scope["trimaran.record"]
     check_model(body.model, settings)
-    headers = check_fields(body, strict=settings.strict)
+    headers = check_fields(body, settings)
     _check_background(body, store)
     record.model, record.is_stream = settings.served_name, bool(body.stream)
     previous = _previous(body, request)
@@ -111,7 +111,7 @@ async def count_input_tokens(body: ResponsesRequest, request: Request, response:
     settings: Settings = request.app.state.settings
     record: RequestRecord = request.scope["trimaran.record"]
     check_model(body.model, settings)
-    response.headers.update(check_fields(body, strict=settings.strict))
+    response.headers.update(check_fields(body, settings))
     record.model = settings.served_name
     previous = _previous(body, request)
     fields = chat_fields(body, previous.history if previous else ())

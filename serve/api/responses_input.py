@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from serve.api.errors import show
+from serve.api.fields import unread
 from serve.api.schemas.responses import (
     FunctionCallItem,
     FunctionCallOutputItem,
@@ -94,7 +95,15 @@ def to_messages(history: Iterable[Item], items: Iterable[Item]) -> list[dict[str
         messages.add(item, "input")
     for at, item in enumerate(items):
         messages.add(item, f"input[{at}]")
-    return messages.done
+    return [message for message in messages.done if _says_something(message)]
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether it is more than reasoning that cannot be read; thoughts alone, as of a response cut off, get no text."""
+    if message["role"] != "assistant" or message.keys() & {"content", "tool_calls"}:
+        return True
+    message["content"] = ""
+    return bool(message.get("reasoning_content"))
 
 
 class _Messages:
@@ -141,7 +150,7 @@ def _parts(content: str | Sequence[Part], where: str) -> list[dict[str, Any]]:
 
 def _part(part: Part, where: str) -> dict[str, Any]:
     if isinstance(part, OtherPart):
-        raise UnsupportedParameter(f"{where} is of type {part.type}; this model reads text only", param=where)
+        raise unread(part.type, where)
     return {"type": "text", "text": part.text if isinstance(part, TextPart) else part.refusal}
 
 

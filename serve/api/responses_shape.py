@@ -39,7 +39,7 @@ from serve.api.schemas.response_resource import (
     ResponseUsage,
     Status,
 )
-from serve.api.sse import Shape, named_frame
+from serve.api.sse import TEXT, Shape, named_frame
 from serve.errors import ServeError
 from serve.types import FinishReason, TokenEvent
 
@@ -148,12 +148,19 @@ def _part(block: Block) -> OutputText | ReasoningContent:
     return ReasoningContent(text=block.text)
 
 
+NUMBER = b'"sequence_number":'
+
+
 class ResponseShape(Shape):
-    """The events of a response, from one reading of its answer."""
+    """The events of a response, from one reading of its answer.
+
+    What is around number and text of a delta is made once for each block, since there is one delta for each token.
+    """
 
     def __init__(self, answer: ResponseAnswer) -> None:
         self._answer = answer
         self._next_number = 0
+        self._around: tuple[Block, bytes, bytes, bytes] | None = None
 
     def opening(self) -> bytes:
         """The response begins before its first token."""
@@ -193,14 +200,20 @@ class ResponseShape(Shape):
             yield self._of_part("response.content_part.added", block)
 
     def _grew(self, growth: Growth) -> bytes:
-        where = self._where(growth.block)
-        match growth.block.kind:
-            case Kind.TEXT:
-                return _frame(TextDelta(**where, delta=growth.text, logprobs=list(growth.logprobs)))
-            case Kind.REASONING:
-                return _frame(ReasoningDelta(**where, delta=growth.text))
-            case Kind.CALL:
-                return _frame(ArgumentsDelta(**where, delta=growth.text))
+        if growth.logprobs:
+            return _frame(TextDelta(**self._where(growth.block), delta=growth.text, logprobs=list(growth.logprobs)))
+        if self._around is None or self._around[0] is not growth.block:
+            self._around = (growth.block, *self._split(growth.block))
+        _, before, between, after = self._around
+        return before + str(self._number()).encode() + between + to_json(growth.text) + after
+
+    def _split(self, block: Block) -> tuple[bytes, bytes, bytes]:
+        deltas = {Kind.TEXT: TextDelta, Kind.REASONING: ReasoningDelta, Kind.CALL: ArgumentsDelta}
+        where: dict[str, Any] = {"sequence_number": 0, **self._item(block)}
+        event = deltas[block.kind](**where, delta=TEXT)
+        before, _, rest = _frame(event).partition(NUMBER + b"0")
+        between, _, after = rest.partition(to_json(TEXT))
+        return before + NUMBER, between, after
 
     def _closed(self, block: Block) -> Iterator[bytes]:
         where, text = self._where(block), block.text
@@ -216,11 +229,10 @@ class ResponseShape(Shape):
         yield self._of_item("response.output_item.done", block)
 
     def _where(self, block: Block) -> dict[str, Any]:
-        return {
-            "sequence_number": self._number(),
-            "item_id": self._answer.item_id(block),
-            "output_index": block.index,
-        }
+        return {"sequence_number": self._number(), **self._item(block)}
+
+    def _item(self, block: Block) -> dict[str, Any]:
+        return {"item_id": self._answer.item_id(block), "output_index": block.index}
 
     def _of_part(self, kind: Any, block: Block) -> bytes:
         return _frame(ContentPartEvent(type=kind, **self._where(block), part=_part(block)))

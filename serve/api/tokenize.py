@@ -34,7 +34,7 @@ async def tokenize(body: TokenizeRequest, request: Request, response: Response) 
     record: RequestRecord = request.scope["trimaran.record"]
     if body.model is not None:
         check_model(body.model, settings)
-    response.headers.update(check_extras(body, strict=settings.strict))
+    response.headers.update(check_extras(body, settings))
     record.model = settings.served_name
     token_ids = await lifecycle.read(lambda chat: _tokens(body, chat), record.received_at)
     return TokenizeResponse(
@@ -68,7 +68,7 @@ async def detokenize(body: DetokenizeRequest, request: Request, response: Respon
     record: RequestRecord = request.scope["trimaran.record"]
     if body.model is not None:
         check_model(body.model, settings)
-    response.headers.update(check_extras(body, strict=settings.strict))
+    response.headers.update(check_extras(body, settings))
     record.model = settings.served_name
     text = await lifecycle.read(lambda chat: _text(body.tokens, chat, lifecycle.vocab_size), record.received_at)
     return DetokenizeResponse(prompt=text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from serve.api.blocks import BlockReader
 from serve.api.chat import start_chat
-from serve.api.fields import check_fields, validated
+from serve.api.fields import check_neutral, validated
 from serve.api.generation import Choices
 from serve.api.schemas.chat import ChatCompletionRequest
 from serve.errors import ServeError
@@ -57,7 +57,7 @@ def to_chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:
     """
     given = {name: value for name, value in fields.items() if value is not None}
     body = validated(ChatCompletionRequest, given)
-    check_fields(body, strict=False)
+    check_neutral(body)
     return body
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from serve.chat.grammar import json_schema_grammar, named
 from serve.chat.output.parser import OutputParser
-from serve.chat.output.parts import CallDelta, Part
+from serve.chat.output.parts import CallDelta, Part, Tools
 from serve.chat.output.reader import Markers, Reading
+from serve.errors import InvalidRequest
 
 MAX_CALLS = 8
 """In one answer: a weak model would go on calling."""
@@ -28,10 +29,16 @@ def arguments_grammar(function: Mapping[str, Any], param: str) -> str:
     Without ``strict``, keywords that cannot be enforced are left out of account.
 
     Raises:
-        InvalidRequest: the schema is wrong.
+        InvalidRequest: the schema is wrong, or not of an object.
     """
-    parameters = function.get("parameters")
-    schema = _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+    schema = function.get("parameters")
+    if schema is None:
+        schema = _NO_ARGUMENTS
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        where = f"{param}.parameters"
+        raise InvalidRequest(f"{where} cannot be used: its type must be object, as a call's arguments are", param=where)
+    schema = {**schema, "type": "object"}
     return json_schema_grammar(schema, f"{param}.parameters", is_lenient=not function.get("strict"))
 
 
@@ -50,14 +57,29 @@ def calls_grammar(arguments: Mapping[str, str], *, is_single: bool) -> str:
 
 
 class DemandedCallsParser(OutputParser):
-    """Reads what :func:`calls_grammar` allows; any other text is content, whatever marks it holds."""
+    """Reads what :func:`calls_grammar` allows; any other text is content, whatever marks it holds.
+
+    ``demands``: nothing but calls may come, so that any other text is a call that was cut off, and left out.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        *,
+        is_reasoning: bool = False,
+        reads_calls: bool = True,
+        thinks: bool = True,
+        demands: bool = False,
+    ) -> None:
+        self._demands = demands
+        super().__init__(tools, is_reasoning=is_reasoning, reads_calls=reads_calls, thinks=thinks)
 
     def _read(self) -> Reading[None]:
         reader = self.reader
         if self.is_reasoning or (self._think_openers and (yield from reader.one_of(tuple(self._think_openers)))):
             yield from self._reason()
         if not (self.reads_calls and (yield from reader.one_of((_OPEN,)))):
-            yield from reader.until(Markers(), self.say)
+            yield from reader.until(Markers(), self._leave_out if self._demands else self.say)
             return
         while True:
             name, marker = yield from reader.text_until(_END_OF_NAME)
@@ -70,6 +92,9 @@ class DemandedCallsParser(OutputParser):
             _, marker = yield from reader.text_until(_NEXT)
             if marker is None:
                 return
+
+    def _leave_out(self, text: str) -> None:
+        del text
 
     def _add_arguments(self, index: int, text: str) -> None:
         if text:

@@ -204,4 +204,6 @@ def _explained(message: str, param: str) -> InvalidRequest | UnsupportedParamete
     if message.startswith("oneOf constraints"):
         hint = "oneOf with alternatives that overlap, which this server cannot enforce; use anyOf"
         return UnsupportedParameter(f"{param} uses {hint}", param=param)
-    return InvalidRequest(f"{param} cannot be used: {first_line(message)}", param=param)
+    # llguidance's word for a rule that only leads to itself.
+    why = "it allows no text that ever ends" if "NoExtensionBias" in message else first_line(message)
+    return InvalidRequest(f"{param} cannot be used: {why}", param=param)

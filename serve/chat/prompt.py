@@ -91,7 +91,7 @@ class ChatFormat:
         self._refuse_hopeless(len(text))
         token_ids = tuple(self.tokenizer.encode(text))
         if not token_ids:
-            raise InvalidRequest("messages give an empty prompt after the chat template; add text", param="messages")
+            raise InvalidRequest("messages: the prompt is empty after the chat template; add text", param="messages")
         return self._with_one_bos(token_ids)
 
     def text_prompt(self, text: str, *, adds_special: bool = True) -> tuple[int, ...]:

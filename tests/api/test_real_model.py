@@ -162,6 +162,18 @@ def test_chat_logprobs_are_the_models_own(served: Served, client: httpx.Client) 
     assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in greedy["logprobs"]["content"])
 
 
+def test_logprobs_of_constrained_text_are_numbers(client: httpx.Client) -> None:
+    """Case 33: what a grammar or top_k rules out must not become an infinity, which JSON has not."""
+    fields: dict[str, object] = {"guided_choice": ["red", "blue"], "logprobs": True, "top_logprobs": 20, "top_k": 1}
+    [choice] = client.post(PATH, json=ask("A colour?", **fields)).json()["choices"]
+
+    entries = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
+    for entry in entries:
+        assert len(entry["top_logprobs"]) == 20
+        assert all(-10_000 < top["logprob"] <= 0 for top in [entry, *entry["top_logprobs"]])
+
+
 def test_choices_of_one_seed_differ_and_come_again(served: Served, client: httpx.Client) -> None:
     body = ask("Say something.", n=3, seed=11, max_tokens=12) | {"temperature": 1.5}
     first, second = (client.post(PATH, json=body).json()["choices"] for _ in range(2))

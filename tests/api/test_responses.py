@@ -147,6 +147,18 @@ def seen(client: httpx.Client, text: Any, **fields: Any) -> Any:
     return json.loads(response.json()["output"][0]["content"][0]["text"])
 
 
+def test_responses_go_on_after_reasoning_alone(written: httpx.Client) -> None:
+    """As of a response that max_output_tokens cut off while the model was thinking, or of another server."""
+    user = {"role": "user", "content": "A"}
+    read = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "T"}]}
+    unread = {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "x"}
+
+    assert seen(written, [user, read, user])[1] == {"role": "assistant", "content": "", "reasoning_content": "T"}
+    assert [message["role"] for message in seen(written, [user, unread, user])] == ["user", "user"]
+    text = {"type": "message", "role": "assistant", "content": "C"}
+    assert seen(written, [user, unread, text, user])[1]["content"] == "C"
+
+
 def test_responses_read_items(written: httpx.Client) -> None:
     text = {"type": "output_text", "text": "C", "annotations": []}
     items = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx2 as httpx
@@ -11,6 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import chat, joined, openai_error, scripted_engine, serving, sse_chunks, sse_data
 
+from serve.engine.base import EngineConfig, StepOutput
+from serve.engine.echo import EchoRunner
+from serve.engine.scheduler import Batch
+from serve.engine.worker import StepEngine
 from serve.errors import OutOfMemory
 
 COMPLETIONS = "/v1/chat/completions"
@@ -173,7 +178,32 @@ def test_stream_tells_a_late_error_as_an_event() -> None:
         assert client.post(COMPLETIONS, json=chat("x", max_tokens=2)).json()["choices"][0]["message"]["content"] == "ab"
 
 
+class LateRunner(EchoRunner):
+    """Its first token takes a third of a second, as after a long prompt."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        if any(not sequence.output_token_ids for sequence in batch.sampled):
+            time.sleep(0.3)
+        return super().step(batch)
+
+
+def test_stream_sends_comments_until_a_late_first_token() -> None:
+    """Case 17."""
+    config = EngineConfig()
+    with (
+        serving(StepEngine(config, LateRunner(config)), keep_alive_s=0.05) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        before, _, after = stream(client, "late").partition("data: ")
+
+    assert before.count(": keep-alive\n\n") >= 2
+    assert before.replace(": keep-alive\n\n", "") == ""
+    assert ": keep-alive" not in after
+    assert joined(sse_chunks("data: " + after)) == "late"
+
+
 def test_stream_and_whole_answer_tell_broken_logits_alike() -> None:
+    """Case 35."""
     with serving(scripted_engine([*b"ab", None])) as served, httpx.Client(base_url=served.url) as client:
         events = [json.loads(line) for line in sse_data(stream(client, "x"))[:-1]]
         response = client.post(COMPLETIONS, json=chat("x"))

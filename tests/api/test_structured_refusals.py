@@ -25,6 +25,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "number": ({"guided_json": 5}, "guided_json"),
     "outputs": ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
     "two": ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+    "endless": ({"guided_json": {"$ref": "#"}}, "guided_json"),
     "large": ({"guided_json": {"enum": ["x" * 70_000]}}, "guided_json"),
 }  # fmt: skip
 

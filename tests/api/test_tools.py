@@ -12,7 +12,7 @@ import httpx2 as httpx
 import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
-from support import Served, openai_error, scripted_engine, serving, sse_chunks
+from support import Served, chat, joined, openai_error, scripted_engine, serving, sse_chunks
 
 PATH = "/v1/chat/completions"
 
@@ -257,6 +257,19 @@ def test_template_without_tools_refuses_them_or_explains_them(tmp_path: Path) ->
     assert "[user]<tool_response>\nSunny\n</tool_response>" in prompt
     with scripted(tmp_path, CALL, "plain", tool_prompt="generic") as served:
         assert ask(served)[0]["tool_calls"] == [("get_weather", '{"city": "Zürich"}')]
+
+
+def test_demanded_call_that_is_cut_off_leaves_no_marks(tmp_path: Path) -> None:
+    path = tmp_path / "hermes.jinja"
+    path.write_text(TEMPLATES["hermes"], encoding="utf-8")
+    with serving(chat_template=path) as served, httpx.Client(base_url=served.url) as client:
+        for max_tokens in (1, 5, 11, 12, 20):
+            fields = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": max_tokens}
+            [choice] = client.post(PATH, json=chat("Weather?", **fields)).json()["choices"]
+            assert choice["finish_reason"] == "length"
+            assert not choice["message"]["content"]
+            chunks = sse_chunks(client.post(PATH, json=chat("Weather?", stream=True, **fields)).text)
+            assert joined(chunks) == ""
 
 
 def test_tool_arguments_are_always_an_object(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "tool_choice.allowed_tools.tools[0].function.name",
     ),
+    "no object": (
+        {"tools": [function(parameters={"type": "string"})], "tool_choice": "required"},
+        "tools[0].function.parameters",
+    ),
     "functions": ({"functions": [{"name": "f"}]}, "functions"),
     "function_call": ({"function_call": {"name": "f"}}, "function_call"),
     "bad schema": (

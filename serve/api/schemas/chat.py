@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 from serve.api.schemas.sampling import SamplingFields, Usage
 from serve.api.schemas.structured import StructuredFields
 from serve.api.schemas.tools import ToolChoice, ToolList
-from serve.api.schemas.wire import Objects, Wire, at_most
+from serve.api.schemas.wire import Objects, UnreadPart, Wire, at_most
 
 MAX_METADATA = 16
 
@@ -32,12 +32,16 @@ class RefusalPart(Wire):
     refusal: str
 
 
-class OtherPart(Wire):
+class OtherPart(UnreadPart):
     """Any other piece, refused by name after validation."""
 
     type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"] = Field(
         description="Only text and refusal are read; others are refused by name."
     )
+
+    def replaced(self, note: str) -> TextPart | None:
+        """The text in place of an image."""
+        return TextPart(type="text", text=note) if self.type == "image_url" else None
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from serve.api.schemas.wire import RequestBody, Wire
+from serve.api.schemas.wire import RequestBody, UnreadPart, Wire
 
 MAX_STOP_SEQUENCES, MAX_TOOLS = 64, 256
 
@@ -23,7 +23,7 @@ class TextBlock(Wire):
     type: Literal["text"]
     text: str
     cache_control: CacheControl = None
-    citations: list[Any] | None = Field(None, description="Ignored.")
+    citations: list[Any] | None = Field(default=None, description="Ignored.")
 
 
 class ToolUseBlock(Wire):
@@ -41,7 +41,7 @@ class ThinkingBlock(Wire):
 
     type: Literal["thinking"]
     thinking: str
-    signature: str | None = Field(None, description="Ignored.")
+    signature: str | None = Field(default=None, description="Ignored.")
 
 
 class RedactedThinkingBlock(Wire):
@@ -51,7 +51,7 @@ class RedactedThinkingBlock(Wire):
     data: str = Field(description="Ignored: left out of the prompt.")
 
 
-class OtherBlock(Wire):
+class OtherBlock(UnreadPart):
     """Any other block: refused by name after validation."""
 
     type: Literal[
@@ -60,6 +60,10 @@ class OtherBlock(Wire):
         "text_editor_code_execution_tool_result", "tool_search_tool_result", "tool_reference", "mcp_tool_use",
         "mcp_tool_result", "compaction",
     ] = Field(description="Text, tool_use, tool_result and thinking are read; others refused by name.")  # fmt: skip
+
+    def replaced(self, note: str) -> TextBlock | None:
+        """The text in place of an image."""
+        return TextBlock(type="text", text=note) if self.type == "image" else None
 
 
 ResultPart = Annotated[TextBlock | OtherBlock, Field(discriminator="type")]
@@ -71,7 +75,7 @@ class ToolResultBlock(Wire):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1)]
     content: str | Annotated[list[ResultPart], Field(fail_fast=True)] | None = None
-    is_error: bool | None = Field(None, description="Ignored: the content says it.")
+    is_error: bool | None = Field(default=None, description="Ignored: the content says it.")
     cache_control: CacheControl = None
 
 
@@ -112,7 +116,7 @@ class Thinking(Wire):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int | None, Field(ge=1024, description="Chooses an effort, sets no limit.")] = None
-    display: str | None = Field(None, description="Ignored.")
+    display: str | None = Field(default=None, description="Ignored.")
 
 
 class OutputFormat(Wire):

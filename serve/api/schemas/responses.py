@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from serve.api.schemas.sampling import SamplingFields
-from serve.api.schemas.wire import Wire, at_most
+from serve.api.schemas.wire import UnreadPart, Wire, at_most
 
 MAX_METADATA, MAX_TOOLS = 16, 256
 
@@ -32,12 +32,16 @@ class RefusalPart(Wire):
     refusal: str
 
 
-class OtherPart(Wire):
+class OtherPart(UnreadPart):
     """Any other piece: refused by name after validation."""
 
     type: Literal["input_image", "input_file", "input_audio", "input_video", "computer_screenshot"] = Field(
         description="Only texts and refusals are read; others are refused by name."
     )
+
+    def replaced(self, note: str) -> TextPart | None:
+        """The text in place of an image."""
+        return TextPart(type="input_text", text=note) if self.type == "input_image" else None
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]

@@ -21,7 +21,7 @@ class StreamOptions(Wire):
     """Only meaningful with ``stream: true``."""
 
     include_usage: bool | None = Field(None, description="Send one more chunk with the usage, before the end.")
-    include_obfuscation: bool | None = Field(None, description="Ignored: chunks are never padded.")
+    include_obfuscation: bool | None = Field(default=None, description="Ignored: chunks are never padded.")
 
 
 class SamplingFields(RequestBody):

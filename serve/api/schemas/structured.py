@@ -28,7 +28,7 @@ class JsonSchema(Wire):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="Left out: any JSON object.")
-    strict: bool | None = Field(None, description="Ignored: what is asked for is always enforced.")
+    strict: bool | None = Field(default=None, description="Ignored: what is asked for is always enforced.")
     description: str | None = None
 
 

@@ -16,6 +16,15 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+class UnreadPart(Wire):
+    """A piece of a message that is no text: refused by name after validation, or an image replaced by a note."""
+
+    def replaced(self, note: str) -> Wire | None:
+        """The text in place of an image; None where it is none."""
+        del note
+        return None
+
+
 class RequestBody(Wire):
     """A body whose every field is done, ignored by design, or refused by name unless its value asks for nothing."""
 
