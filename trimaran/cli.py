@@ -19,6 +19,7 @@ from trimaran.doctor.command import doctor
 from trimaran.emulate.commands import emulate
 from trimaran.plan.command import plan
 from trimaran.usage import usage
+from trimaran.verify.command import verify
 
 
 class _Commands(click.Group):
@@ -134,6 +135,7 @@ main.add_command(deploy)
 main.add_command(plan)
 main.add_command(doctor)
 main.add_command(usage)
+main.add_command(verify)
 
 
 if __name__ == "__main__":

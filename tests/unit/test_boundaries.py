@@ -68,6 +68,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "deploy": {"trimaran", "serve.engine", "serve.chat"} | TORCH,
     "deploy/modal": {"runpod", "fastapi", "uvicorn"},
     "deploy/runpod": {"modal", "uvicorn"},
+    "trimaran/verify": {"serve.api", "serve.engine"} | SDKS | TORCH,
     "trimaran/emulate/modal": {"runpod"} | TORCH,
     "trimaran/emulate/runpod": {"runpod", "modal"},
 }

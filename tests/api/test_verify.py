@@ -1,0 +1,193 @@
+"""``trimaran verify`` against a healthy server, and against servers with one fault each: it is caught and named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from click.testing import CliRunner, Result
+from support import Served, eventually, serving
+
+from serve.engine.base import EngineConfig
+from serve.engine.echo import EchoEngine
+from trimaran.cli import main
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+KEY = "sk-verify"
+SLOW = 0.006
+
+
+@contextmanager
+def slow_server(**settings: Any) -> Iterator[Served]:
+    """6 ms a token: long enough for its pace to be judged."""
+    slots = settings.get("max_batch_size", 8)
+    engine = EchoEngine(EngineConfig(max_batch_size=slots), step_s=SLOW)
+    with serving(engine, **{"api_keys": (KEY,), **settings}) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[Served]:
+    with slow_server() as served:
+        yield served
+
+
+@contextmanager
+def in_front(served: Served, fault: Callable[[App], App]) -> Iterator[str]:
+    """A port of its own with ``fault`` between it and the server's app."""
+    config = uvicorn.Config(fault(served.app), host="127.0.0.1", port=0, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def verify(url: str, *options: str, key: str = KEY) -> Result:
+    return CliRunner().invoke(main, ["verify", url, "--key", key, "--wait", "5", *options])
+
+
+def failures(result: Result) -> dict[str, str]:
+    """Name and message of each check that failed."""
+    body = json.loads(result.stdout)
+    assert body["passed"] is not any(check["status"] == "failed" for check in body["checks"])
+    return {check["name"]: check["message"] for check in body["checks"] if check["status"] == "failed"}
+
+
+def test_healthy_server_passes_and_its_report_says_so(healthy):
+    result = verify(healthy.url, "--json")
+    assert result.exit_code == 0, result.output
+    body = json.loads(result.stdout)
+    assert body["passed"]
+    assert body["model"] == "echo"
+    found = {check["name"]: check["status"] for check in body["checks"]}
+    assert found.pop("golden tokens") == "skipped"
+    assert set(found.values()) == {"passed"}, result.output
+    assert len(found) == 7
+    assert "process_start" in body["cold_start_s"]
+
+
+def test_report_for_people_has_the_waterfall_and_no_key(healthy):
+    result = verify(healthy.url)
+    assert result.exit_code == 0, result.output
+    assert "Verified: 7 passed, 0 failed, 1 skipped" in result.output
+    assert "Cold start" in result.output
+    assert KEY not in result.output
+
+
+class Buffering:
+    """Sends the whole answer at its end, or in blocks of ``size`` bytes."""
+
+    def __init__(self, app: App, size: int | None = None) -> None:
+        self.app, self.size = app, size
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        held = bytearray()
+
+        async def hold(message: Message) -> None:
+            if message["type"] != "http.response.body":
+                await send(message)
+                return
+            held.extend(message.get("body", b""))
+            more = message.get("more_body", False)
+            if not more or (self.size and len(held) >= self.size):
+                body = bytes(held)
+                held.clear()
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        await self.app(scope, receive, hold)
+
+
+class WithoutDone:
+    """Loses the end of each stream."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        async def cut(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": message.get("body", b"").replace(b"data: [DONE]\n\n", b"")}
+            await send(message)
+
+        await self.app(scope, receive, cut)
+
+
+class HoldsOn:
+    """Never tells the server that a client has left."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        async def patient() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                await asyncio.Event().wait()
+            return message
+
+        await self.app(scope, patient, send)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "said"),
+    [
+        (Buffering, "pace", "buffered: the first token came"),
+        (lambda app: Buffering(app, 4096), "pace", "buffered in blocks"),
+        (WithoutDone, "stream", r"without [DONE]"),
+        (HoldsOn, "disconnect", "its request still runs"),
+    ],
+    ids=["buffers", "buffers-blocks", "drops-done", "never-frees"],
+)
+def test_fault_of_a_proxy_is_caught_and_named(healthy, fault, name, said):
+    with in_front(healthy, fault) as url:
+        result = verify(url, "--json")
+    assert result.exit_code == 1, result.output
+    assert said in failures(result)[name]
+    eventually(healthy.is_idle, timeout_s=30)
+
+
+def test_swapped_model_is_caught(healthy, tmp_path):
+    kept = tmp_path / "reference.json"
+    assert verify(healthy.url, "--record", str(kept)).exit_code == 0
+    assert json.loads(kept.read_text())["model"] == "echo"
+    assert "golden tokens" not in failures(verify(healthy.url, "--reference", str(kept), "--json"))
+    other = tmp_path / "other.jinja"
+    other.write_text("Another: {{ messages[-1].content }}")
+    with slow_server(chat_template=other) as swapped:
+        result = verify(swapped.url, "--reference", str(kept), "--json")
+    assert result.exit_code == 1
+    assert "another model, template or precision" in failures(result)["golden tokens"]
+
+
+def test_server_that_ignores_keys_is_caught():
+    with slow_server(api_keys=(), allow_anonymous=True) as open_to_all:
+        found = failures(verify(open_to_all.url, "--json"))
+    assert "answered without the right key: GET /v1/models with no key: 200" in found["keys"]
+
+
+def test_concurrency_below_the_promise_is_caught():
+    with slow_server(max_batch_size=1) as narrow:
+        found = failures(verify(narrow.url, "--json", "--concurrency", "3"))
+    assert "fewer run at once than promised" in found["concurrency of 3"]
+
+
+def test_nobody_there_and_wrong_arguments_have_exit_codes_of_their_own(healthy, tmp_path):
+    assert verify("http://127.0.0.1:9", "--wait", "0").exit_code == 3
+    assert verify(healthy.url, key="sk-wrong").exit_code == 2
+    assert verify(healthy.url, "--header", "nonsense").exit_code == 2
+    missing = verify(healthy.url, "--reference", str(tmp_path / "none.json"))
+    assert missing.exit_code == 2
+    assert "--record" in missing.output

@@ -1,0 +1,151 @@
+"""``trimaran verify``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimaran.verify.outcome import Outcome
+    from trimaran.verify.reference import Reference
+    from trimaran.verify.target import Target
+
+NOT_AS_PROMISED = 1
+NO_ANSWER = 3
+
+
+@click.command(epilog="Example: trimaran verify https://me--my-llm.modal.run --key sk-... --local ./my-model")
+@click.option("--key", envvar="SERVE_API_KEYS", default="", help="API key. Default: the first of SERVE_API_KEYS.")
+@click.option("--model", default="", help="The model's id. Default: the first that the server lists.")
+@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Sent with every request.")
+@click.option("--local", metavar="MODEL", help="Compare greedy tokens with MODEL, served on this machine.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Compare greedy tokens with those of this file.")
+@click.option("--record", type=click.Path(path_type=Path), help="Write this server's greedy tokens to a file, and end.")
+@click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True, help="Streams at once.")
+@click.option(
+    "--wait", type=click.FloatRange(0, 3600), default=300, show_default=True, help="Seconds for a cold start."
+)
+@click.option("--timeout", type=click.FloatRange(1, 3600), default=120, show_default=True, help="Seconds of a request.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.argument("url")
+def verify(
+    url: str,
+    key: str,
+    model: str,
+    headers: tuple[str, ...],
+    local: str | None,
+    reference: Path | None,
+    record: Path | None,
+    concurrency: int,
+    wait: float,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Prove that the server at URL gives the right tokens, streams, refuses what it should and frees what it must.
+
+    Sends a few dozen short requests.  Without --local or --reference the tokens themselves are not judged.
+
+    Exit status: 0 everything is as promised, 1 a check failed, 2 wrong arguments or key, 3 no answer.
+    """
+    from trimaran.verify import reference as golden  # noqa: PLC0415
+    from trimaran.verify import report  # noqa: PLC0415
+    from trimaran.verify.target import Target  # noqa: PLC0415
+
+    wanted = golden.read(reference) if reference else None
+    with Target(url, key.partition(",")[0].strip(), timeout, _headers(headers)) as target:
+        wait_until_ready(target, wait)
+        target.model = model or _first_model(target)
+        if record:
+            golden.write(record, target, golden.record(target))
+            click.echo(f"Recorded in {record}")
+            return
+        if local:
+            click.echo(f"Asking {local} on this machine ...", err=True)
+            with golden.local_server(local) as own:
+                wanted = golden.record(own)
+        outcomes: list[Outcome] = []
+        for outcome in checks(target, wanted, concurrency):
+            outcomes.append(outcome)
+            click.echo(report.line(outcome), err=as_json)
+        phases = cold_start(target)
+        if as_json:
+            click.echo(report.as_json(target, outcomes, phases))
+        else:
+            click.echo("\n".join(["", *report.waterfall(phases), "", report.summary(outcomes)]))
+    if not report.is_good(outcomes):
+        sys.exit(NOT_AS_PROMISED)
+
+
+def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterator[Outcome]:
+    """Every check, in order; one that breaks down is a failure of its own."""
+    from trimaran.verify import answers, load, manners  # noqa: PLC0415
+    from trimaran.verify.outcome import skipped  # noqa: PLC0415
+    from trimaran.verify.reference import check_golden  # noqa: PLC0415
+
+    outcome, stream = answers.check_stream(target)
+    yield outcome
+    yield answers.check_pace(target, stream)
+    yield answers.check_usage(target, stream)
+    if wanted is None:
+        yield skipped("golden tokens", "nothing to compare with: give --local MODEL or --reference FILE")
+    else:
+        yield check_golden(target, wanted)
+    yield manners.check_keys(target)
+    yield manners.check_parameters(target)
+    yield load.check_disconnect(target, stream)
+    yield load.check_concurrency(target, concurrency)
+
+
+def wait_until_ready(target: Target, wait_s: float) -> None:
+    """Until it answers; ends the command when it does not."""
+    import httpx2 as httpx  # noqa: PLC0415
+
+    began, said = time.monotonic(), ""
+    while True:
+        try:
+            answer = target.ask("GET", "/ready")
+            if answer.status_code in (200, 404):  # 404: a server of another kind
+                return
+            said = f"/ready says {answer.status_code}"
+        except httpx.HTTPError as error:
+            said = f"{type(error).__name__}: {error}"
+        if time.monotonic() - began >= wait_s:
+            click.echo(f"trimaran: {target.url} is not ready after {wait_s:g} s ({said})", err=True)
+            sys.exit(NO_ANSWER)
+        time.sleep(min(1.0, wait_s))
+
+
+def cold_start(target: Target) -> dict[str, float]:
+    """Seconds of each phase of the server's last cold start, as ``/version`` says; empty where it does not."""
+    answer = target.ask("GET", "/version")
+    if answer.status_code != 200 or "json" not in answer.headers.get("content-type", ""):
+        return {}
+    phases: dict[str, float] = answer.json().get("phases") or {}
+    return {name: float(seconds) for name, seconds in phases.items()}
+
+
+def _first_model(target: Target) -> str:
+    answer = target.ask("GET", "/v1/models")
+    if answer.status_code in (401, 403):
+        raise ConfigError(f"{target.url} refuses the key: give --key, or set SERVE_API_KEYS")
+    try:
+        return str(answer.json()["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"{target.url}/v1/models lists no model; is it a server of OpenAI's API?") from error
+
+
+def _headers(given: tuple[str, ...]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for text in given:
+        name, colon, value = text.partition(":")
+        if not colon:
+            raise click.UsageError(f"--header {text!r}: write NAME:VALUE")
+        headers[name.strip()] = value.strip()
+    return headers

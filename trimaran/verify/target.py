@@ -1,0 +1,142 @@
+"""The server that is verified: plain requests, and streams with the time of each event."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+
+import httpx2 as httpx
+
+COMPLETIONS = "/v1/chat/completions"
+DONE = "[DONE]"
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Stream:
+    """One streamed answer, as it came.
+
+    ``times_s`` are seconds from the request to each event with text, in step with ``pieces``.
+    """
+
+    status: int = 0
+    content_type: str = ""
+    chunks: list[Json] = field(default_factory=list[Json])
+    pieces: list[str] = field(default_factory=list[str])
+    times_s: list[float] = field(default_factory=list[float])
+    is_done: bool = False
+    broken: str = ""
+    """What in it could not be read."""
+    total_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(self.pieces)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As the last chunk with a choice says."""
+        reasons = [choice.get("finish_reason") for chunk in self.chunks for choice in chunk.get("choices") or ()]
+        return reasons[-1] if reasons else None
+
+    @property
+    def usage(self) -> Json | None:
+        """Of the chunk that has it."""
+        return next((chunk["usage"] for chunk in reversed(self.chunks) if chunk.get("usage")), None)
+
+    def take(self, data: str, at_s: float) -> None:
+        """Read the data of one event."""
+        if data == DONE:
+            self.is_done = True
+            return
+        try:
+            chunk: Any = json.loads(data)
+            deltas: list[Json] = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
+        except (ValueError, AttributeError, TypeError):
+            self.broken = self.broken or f"an event is no chunk: {data[:80]!r}"
+            return
+        self.chunks.append(chunk)
+        if text := "".join(delta.get("content") or "" for delta in deltas):
+            self.pieces.append(text)
+            self.times_s.append(at_s)
+
+
+class Target:
+    """A server's address with a key.
+
+    Args:
+        url: With or without ``/v1`` at its end.
+        key: Empty: none is sent.
+        timeout_s: Of each request.
+        headers: Sent with every request, such as a platform's own keys.
+    """
+
+    def __init__(self, url: str, key: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.key = key
+        self.model = ""
+        """Its id in the API, once it is known."""
+        self._headers = dict(headers or {})
+        # Redirects: Modal answers 303 when a request takes long.
+        self._client = httpx.Client(base_url=self.url, timeout=timeout_s, follow_redirects=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._client.close()
+
+    def headers(self, key: str | None = None) -> dict[str, str]:
+        """With another key instead of its own; empty: with none."""
+        key = self.key if key is None else key
+        return self._headers | ({"authorization": f"Bearer {key}"} if key else {})
+
+    def ask(self, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
+        """One request.  Raises ``httpx.HTTPError`` when there is no answer."""
+        return self._client.request(method, path, headers=self.headers(key) | options.pop("headers", {}), **options)
+
+    def chat(self, prompt: str, max_tokens: int, **fields: Any) -> Json:
+        """The body of a greedy request."""
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, **fields}
+
+    @contextmanager
+    def streaming(self, body: Json) -> Generator[tuple[Stream, Iterator[None]]]:
+        """A stream, and an iterator that takes one event each time; leaving early closes the connection."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        began = time.perf_counter()
+        with self._client.stream("POST", COMPLETIONS, json=body, headers=self.headers()) as answer:
+            stream = Stream(answer.status_code, answer.headers.get("content-type", ""))
+
+            def events() -> Iterator[None]:
+                for line in answer.iter_lines():
+                    if line.startswith("data:"):
+                        stream.take(line.removeprefix("data:").strip(), time.perf_counter() - began)
+                        yield
+                stream.total_s = time.perf_counter() - began
+
+            yield stream, events()
+
+    def stream(self, body: Json) -> Stream:
+        """A whole streamed answer."""
+        with self.streaming(body) as (stream, events):
+            for _ in events:
+                pass
+        return stream
+
+
+def error_defect(answer: httpx.Response) -> str | None:
+    """What is wrong with a refusal's body, which must be ``{"error": {message, type, param, code}}``."""
+    try:
+        body = cast("Json", answer.json())
+        error = cast("Json", body["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"its body is no error of OpenAI's: {answer.text[:80]!r}"
+    missing = [name for name in ("message", "type", "code") if name not in error]
+    return f"its error lacks {', '.join(missing)}" if missing else None
