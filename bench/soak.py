@@ -1,8 +1,8 @@
 """Mixed good, bad, cancelled, slow and hostile traffic for minutes: ``python -m bench.soak --minutes 5 [MODEL]``.
 
-Twice as many clients as the server has slots, each drawing its next request at random.  Every good answer is compared
-with what was right before the storm: the echo engine's prompt, or a real model's greedy answer, asked for alone (in
-float32, where a batch changes nothing).  Exit status 1 when one was wrong or lost, or a slot leaked.
+Twice as many clients as the server can hold in its slots and its queue, each drawing its next request at random.  Every
+good answer is compared with what was right before the storm: the echo engine's prompt, or a real model's greedy answer,
+asked for alone (in float32, where a batch changes nothing).  Exit status 1: one was wrong or lost, or a slot leaked.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def slope(samples: Sequence[tuple[float, float]]) -> float:
     return 60 * sum((at - middle) * (value - mean) for at, value in half) / spread if spread else 0.0
 
 
-async def run_storm(storm: Storm, seconds: float, pid: int | None) -> None:
+async def run_storm(storm: Storm, seconds: float, num_clients: int, pid: int | None) -> None:
     """Learn what is right, then let the storm blow, then count what is left."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
     options: dict[str, Any] = {"base_url": storm.url, "headers": storm.headers, "limits": limits, "trust_env": False}
@@ -212,10 +212,9 @@ async def run_storm(storm: Storm, seconds: float, pid: int | None) -> None:
             answer = (await client.post(PATH, json=storm.body(prompt))).raise_for_status().json()
             right[prompt] = answer["choices"][0]["message"]["content"]
         storm.right = right
-        num_slots = int((await gauges(client))["slots"])
         watching = asyncio.create_task(watch(client, storm, pid))
         until = time.monotonic() + seconds
-        await asyncio.gather(*(work(client, storm, until) for _ in range(2 * num_slots)))
+        await asyncio.gather(*(work(client, storm, until) for _ in range(num_clients)))
         watching.cancel()
         storm.leaked = await settle(client)
 
@@ -252,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     port, key, before = free_port(), "sk-soak", load_average()
     environment = {"SERVE_PORT": str(port), "SERVE_API_KEYS": key, "SERVE_MAX_BATCH_SIZE": str(options.slots), **engine}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
-    environment |= {"SERVE_MAX_QUEUE": str(max(1, options.slots // 2)), "SERVE_LOG_LEVEL": "warning"}
+    max_queue = max(1, options.slots // 2)
+    environment |= {"SERVE_MAX_QUEUE": str(max_queue), "SERVE_LOG_LEVEL": "warning"}
     try:
         with server(
             [sys.executable, *(["-m", "serve"] if options.model else ["-c", SLOW_ECHO])], environment
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = httpx2.get(url + "/v1/models", headers=headers).json()["data"][0]["id"]
             max_tokens = 16 if options.model else 400
             storm = Storm(url, model, headers, max_tokens, random.Random(options.seed))  # noqa: S311 - a load, no secret
-            asyncio.run(run_storm(storm, 60 * options.minutes, process.pid))
+            asyncio.run(run_storm(storm, 60 * options.minutes, 2 * (options.slots + max_queue), process.pid))
             if process.poll() is not None:
                 raise BenchError(f"the server ended with status {process.returncode}")
     except BenchError as error:

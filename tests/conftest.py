@@ -21,6 +21,8 @@ settings.register_profile("trimaran", deadline=None)
 settings.load_profile("trimaran")
 
 sys.path.insert(0, str(TESTS))  # for `import support`
+# So that their asserts explain themselves, and count with PYTHONOPTIMIZE=1 too.
+pytest.register_assert_rewrite(*(path.stem for path in TESTS.glob("*.py") if path.stem != "conftest"))
 sys.path.insert(1, str(TESTS.parent / "deploy" / "runpod"))  # as the worker's file sees its siblings
 
 
