@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Mapping
@@ -80,6 +81,11 @@ class Knobs:
         if not low <= number <= high:
             raise ConfigError(f"{self._prefix}{name}={text} is not between {low:g} and {high:g}")
         return number
+
+
+def app_name(served_name: str) -> str:
+    """What a deployment is called that was given no name: small letters, digits and dashes, at most 48."""
+    return re.sub(r"[^a-z0-9]+", "-", served_name.lower())[:48].strip("-")
 
 
 def check_keys(settings: Settings, command: str) -> None:

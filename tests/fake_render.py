@@ -40,6 +40,9 @@ class FakeRender:
         self.deploys: dict[str, list[Json]] = {}
         self.stages = ["update_in_progress", "live"]
         self.requests: list[tuple[str, str, Any]] = []
+        self.lines: list[Json] = []
+        for number in range(3):
+            self.say(f"line {number}")
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
         self.requests.append((method, path, body))
@@ -72,10 +75,26 @@ class FakeRender:
             case "GET", ["logs"]:
                 assert query["resource"][0] in self.services
                 assert query["ownerId"] == ["tea-1"]
-                lines = [{"timestamp": f"t{n}", "message": f"line {n}"} for n in range(3)]
-                return 200, {"hasMore": False, "logs": list(reversed(lines))[: int(query["limit"][0])]}
+                return 200, self._logs({name: values[0] for name, values in query.items()})
             case _:
                 raise Refused(404, f"not found: {method} {path}")
+
+    def _logs(self, query: dict[str, str]) -> Json:
+        """A page; both ends of the window belong to it."""
+        first, last = query.get("startTime", ""), query.get("endTime", "~")
+        lines = [line for line in self.lines if first <= line["timestamp"] <= last]
+        if query["direction"] == "backward":
+            lines.reverse()
+        page, rest = lines[: int(query["limit"])], lines[int(query["limit"]) :]
+        following = {"nextStartTime": first, "nextEndTime": last}
+        if rest:
+            following["nextEndTime" if query["direction"] == "backward" else "nextStartTime"] = rest[0]["timestamp"]
+        return {"hasMore": bool(rest), "logs": page, **following}
+
+    def say(self, text: str) -> None:
+        """One more line of the log."""
+        at = len(self.lines)
+        self.lines.append({"id": f"l{at}", "timestamp": f"t{at}", "message": text, "labels": []})
 
     def _create(self, body: Json) -> Json:
         parsed = _read(ServicePOST, body)

@@ -49,7 +49,14 @@ class FakeRunpodApi:
         self.releases: dict[str, list[Json]] = {}
         self.failures: list[int | float] = []
         self.requests: list[tuple[str, str, Any]] = []
+        self.lines = ["Ready after 3 s"]
         self.workers: list[Json] = [{"id": "w1", "status": "IDLE", "isStale": False, "gpuCount": 1}]
+
+    def log_events(self, after: str) -> str:
+        """The lines from the event ``after`` on, itself included; the stream then ends, as it does now and then."""
+        times = [f"2026-08-18T00:00:{at:02}Z" for at in range(len(self.lines))]
+        data = [{"source": "container", "line": line, "ts": at} for line, at in zip(self.lines, times, strict=True)]
+        return "".join(f"id: {one['ts']}\ndata: {json.dumps(one)}\n\n" for one in data if one["ts"] >= after)
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         self.requests.append((method, path, body))
@@ -128,8 +135,8 @@ def serving_runpod_api() -> Iterator[FakeRunpodApi]:
             if self.headers.get("authorization") != f"Bearer {KEY}":
                 self.send(401, {"title": "Unauthorized", "status": 401, "detail": "bad key"})
             elif self.path.partition("?")[0].endswith("/logs"):
-                line = {"source": "container", "line": "Ready after 3 s", "ts": "2026-08-18T00:00:00Z"}
-                self.send(200, f"id: 1\ndata: {json.dumps(line)}\n\n".encode(), {"content-type": "text/event-stream"})
+                after = self.headers.get("last-event-id", "")
+                self.send(200, fake.log_events(after).encode(), {"content-type": "text/event-stream"})
             else:
                 try:
                     self.send(*fake.answer(self.command, self.path.partition("?")[0], json.loads(raw or b"null")))

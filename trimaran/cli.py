@@ -17,6 +17,7 @@ from trimaran.config.init import init
 from trimaran.deploy.commands import deploy
 from trimaran.doctor.command import doctor
 from trimaran.emulate.commands import emulate
+from trimaran.operate.commands import history, logs, rollback, status
 from trimaran.plan.command import plan
 from trimaran.usage import usage
 from trimaran.verify.command import verify
@@ -136,6 +137,8 @@ main.add_command(plan)
 main.add_command(doctor)
 main.add_command(usage)
 main.add_command(verify)
+for command in (history, logs, rollback, status):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def make_plan() -> SimpleNamespace:
         plan.snapshot = choose_snapshot(knob, plan.placement, bool(gpus))
         plan.options |= hardware(knob, gpus, plan.placement.num_bytes, plan.snapshot)
         plan.volume, plan.stored_secret = knob.text("VOLUME"), knob.text("SECRET")
-        plan.name = knob.text("NAME") or re.sub(r"[^a-z0-9]+", "-", settings.served_name.lower())[:48].strip("-")
+        plan.name = knob.text("NAME") or knobs.app_name(settings.served_name)
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", plan.name):
             refuse(f"{PREFIX}NAME={plan.name!r}: at most 63 letters, digits, dots, dashes and underscores")
         public, plan.secrets = plan.placement.environment(settings, TEMPLATE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ def _session_environment() -> Iterator[None]:
             if name == "PORT" or name.startswith(("SERVE_", "RUNPOD_")):
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deploys of a test are not deploys of this project."""
+    monkeypatch.setenv("TRIMARAN_LEDGER", str(tmp_path / "ledger.jsonl"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from trimaran.deploy.modal import modal
 from trimaran.deploy.render import render
 from trimaran.deploy.runpod import runpod
 
@@ -13,5 +14,6 @@ def deploy() -> None:
     """Create or update a service in a cloud."""
 
 
+deploy.add_command(modal)
 deploy.add_command(render)
 deploy.add_command(runpod)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serve.errors import ConfigError, ModelLoadError, ServeError
+from trimaran import ledger
 
 if TYPE_CHECKING:
     from trimaran.platforms.render.api import RenderApi
@@ -150,41 +151,52 @@ def _checked_blueprint(spec: ServiceSpec) -> str:
 def _deploy(spec: ServiceSpec, owner: str | None, wait: bool) -> None:
     if not (spec.image or spec.repo):
         raise ConfigError("name what to run: --image REGISTRY/NAME@DIGEST, or --repo URL with the Dockerfile")
+    from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
+    from trimaran.platforms.render.service import create_body  # noqa: PLC0415
+
     _checked_blueprint(spec)
-    api = _api()
-    service = api.find(spec.name)
-    if service is None:
-        service, deploy_id = api.create(spec, api.owner(owner))
-        click.echo(f"Created {service['name']} ({service['id']})", err=True)
-    else:
-        deploy_id = api.update(spec, service)
-        click.echo(f"Updated {service['name']} ({service['id']})", err=True)
-    if wait and deploy_id:
-        _wait(api, service["id"], deploy_id)
-    click.echo(_address(service))
+    api = open_api()
+    with ledger.recording("render", spec.name) as entry:
+        entry.configuration = ledger.fingerprint(create_body(spec, ""))
+        entry.artifact = spec.image
+        service = api.find(spec.name)
+        if service is None:
+            service, entry.revision = api.create(spec, api.owner(owner))
+            click.echo(f"Created {service['name']} ({service['id']})", err=True)
+        else:
+            entry.revision = api.update(spec, service) or None
+            click.echo(f"Updated {service['name']} ({service['id']})", err=True)
+        entry.service, entry.url = service["id"], address(service)
+        if wait and entry.revision:
+            entry.artifact = artifact(wait_until_live(api, service["id"], entry.revision))
+            entry.result = ledger.LIVE
+    click.echo(entry.url)
 
 
-def _wait(api: RenderApi, service_id: str, deploy_id: str) -> None:
+def wait_until_live(api: RenderApi, service_id: str, deploy_id: str) -> dict[str, Any]:
+    """The deploy, when it is live.
+
+    Raises:
+        ServeError: it ended otherwise.
+    """
     from trimaran.platforms.render.api import ENDED  # noqa: PLC0415
 
     shown = ""
     while True:
-        status = str(api.deploy(service_id, deploy_id)["status"])
+        deploy = api.deploy(service_id, deploy_id)
+        status = str(deploy["status"])
         if status != shown:
             click.echo(f"  {status}", err=True)
             shown = status
         if status == "live":
-            return
+            return deploy
         if status in ENDED:
             raise ServeError(f"the deploy ended as {status}; see: trimaran deploy render logs")
         time.sleep(POLL_S)
 
 
-def _address(service: dict[str, Any]) -> str:
-    return str(service.get("serviceDetails", {}).get("url") or service.get("dashboardUrl") or service["id"])
-
-
-def _api() -> RenderApi:
+def open_api() -> RenderApi:
+    """Render's API with the key of this environment."""
     from trimaran.platforms.render.api import API, RenderApi  # noqa: PLC0415
 
     key = os.environ.get("RENDER_API_KEY")
@@ -216,21 +228,17 @@ def check(context: click.Context, file: Path, root: Path, as_json: bool) -> None
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str, as_json: bool) -> None:
     """Show the service and its latest deploys."""
-    api = _api()
+    from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
+
+    api = open_api()
     service = api.get(name)
     if as_json:
         click.echo(json.dumps({"service": service, "deploys": api.deploys(service["id"], limit=5)}, indent=2))
         return
     state = "suspended" if service.get("suspended") == "suspended" else "running"
-    click.echo(f"{service['name']}  {service['id']}  {state}  {_address(service)}")
+    click.echo(f"{service['name']}  {service['id']}  {state}  {address(service)}")
     for deploy in api.deploys(service["id"], limit=5):
-        click.echo(f"  {deploy['id']}  {deploy['status']:<20} {deploy.get('createdAt', '')}  {_what(deploy)}")
-
-
-def _what(deploy: dict[str, Any]) -> str:
-    image: dict[str, Any] = deploy.get("image") or {}
-    commit: dict[str, Any] = deploy.get("commit") or {}
-    return str(image.get("ref") or commit.get("id", ""))
+        click.echo(f"  {deploy['id']}  {deploy['status']:<20} {deploy.get('createdAt', '')}  {artifact(deploy) or ''}")
 
 
 @render.command(epilog="Example: trimaran deploy render logs --name chat --limit 50")
@@ -239,7 +247,7 @@ def _what(deploy: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def logs(name: str, limit: int, as_json: bool) -> None:
     """Show the service's latest log lines."""
-    api = _api()
+    api = open_api()
     for line in api.logs(api.get(name), limit):
         click.echo(json.dumps(line) if as_json else f"{line['timestamp']}  {line['message']}")
 
@@ -250,10 +258,22 @@ def logs(name: str, limit: int, as_json: bool) -> None:
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is live or has failed.")
 def rollback(name: str, deploy_id: str | None, wait: bool) -> None:
     """Return to an earlier deploy."""
-    api = _api()
+    return_to(name, deploy_id, wait=wait)
+
+
+def return_to(name: str, deploy_id: str | None, *, wait: bool, restores: ledger.Entry | None = None) -> None:
+    """Roll back, wait, and note it in the ledger; ``restores`` is the entry that is returned to."""
+    from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
+
+    api = open_api()
     service = api.get(name)
-    deploy = api.rollback(service, deploy_id)
-    click.echo(f"Rolling back {name}: deploy {deploy['id']}", err=True)
-    if wait:
-        _wait(api, service["id"], deploy["id"])
-    click.echo(_address(service))
+    with ledger.recording("render", name, "rollback") as entry:
+        entry.restores = restores.number if restores else None
+        deploy = api.rollback(service, deploy_id)
+        entry.service, entry.revision, entry.url = service["id"], deploy["id"], address(service)
+        entry.artifact = artifact(deploy)
+        click.echo(f"Rolling back {name}: deploy {deploy['id']}", err=True)
+        if wait:
+            entry.artifact = artifact(wait_until_live(api, service["id"], deploy["id"]))
+            entry.result = ledger.LIVE
+    click.echo(entry.url)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serve.errors import ConfigError, ServeError
+from trimaran import ledger
+from trimaran.platforms.runpod.endpoint import FLASHBOOT_SUFFIX
 
 if TYPE_CHECKING:
     from trimaran.platforms.runpod.api import RunpodApi
@@ -129,26 +131,28 @@ def _say_cached_model(spec: EndpointSpec) -> None:
 
 
 def _deploy(spec: EndpointSpec, endpoint_id: str | None, wait: bool) -> None:
-    from trimaran.platforms.runpod.endpoint import create_body, update_body  # noqa: PLC0415
+    from trimaran.platforms.runpod.endpoint import address, configuration, create_body, update_body  # noqa: PLC0415
 
-    api = _api()
+    api = open_api()
     current = api.find(spec.name, endpoint_id)
-    if current is None:
-        body = create_body(spec)
-        endpoint = api.create(body)
-    else:
-        body = update_body(spec, current)
-        endpoint = api.update(current["id"], body)
-    click.echo(f"{'Updated' if current else 'Created'} {endpoint['name']} ({endpoint['id']})", err=True)
-    if body["env"].get("SERVE_ALLOW_ANONYMOUS") == "true" and spec.mode == "http":
-        click.echo(
-            "Note: the server asks for no key of its own; whoever has a key of your RunPod account can use it.  "
-            "--api-keys-secret adds ours, which callers send as X-API-Key.",
-            err=True,
-        )
-    if wait:
-        _wait(api, endpoint["id"])
-    _show_addresses(endpoint)
+    body = create_body(spec) if current is None else update_body(spec, current)
+    with ledger.recording("runpod", spec.name) as entry:
+        entry.artifact, entry.configuration = spec.image, ledger.fingerprint(configuration(body))
+        endpoint = api.create(body) if current is None else api.update(current["id"], body)
+        entry.service, entry.url, entry.artifact = endpoint["id"], address(endpoint), endpoint.get("image")
+        entry.configuration = ledger.fingerprint(configuration(endpoint))
+        entry.revision = api.newest_version(endpoint["id"])
+        click.echo(f"{'Updated' if current else 'Created'} {endpoint['name']} ({endpoint['id']})", err=True)
+        if body["env"].get("SERVE_ALLOW_ANONYMOUS") == "true" and spec.mode == "http":
+            click.echo(
+                "Note: the server asks for no key of its own; whoever has a key of your RunPod account can use it.  "
+                "--api-keys-secret adds ours, which callers send as X-API-Key.",
+                err=True,
+            )
+        if wait:
+            _wait(api, endpoint["id"])
+            entry.result = ledger.LIVE
+    click.echo(entry.url)
 
 
 def _wait(api: RunpodApi, endpoint_id: str) -> None:
@@ -166,17 +170,8 @@ def _wait(api: RunpodApi, endpoint_id: str) -> None:
     raise ServeError("no worker became ready; see: trimaran deploy runpod logs")
 
 
-def _show_addresses(endpoint: dict[str, Any]) -> None:
-    urls: dict[str, str] = endpoint.get("requestUrls") or {}
-    if "base" in urls:
-        click.echo(f"{urls['base']}/v1")
-    elif "run" in urls:
-        click.echo(urls["run"].removesuffix("/run") + "/openai/v1")
-    else:
-        click.echo(endpoint["id"])
-
-
-def _api() -> RunpodApi:
+def open_api() -> RunpodApi:
+    """RunPod's API with the key of this environment."""
     from trimaran.platforms.runpod.api import API, RunpodApi  # noqa: PLC0415
 
     key = os.environ.get("RUNPOD_API_KEY")
@@ -191,9 +186,9 @@ def _api() -> RunpodApi:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
     """Show the endpoint, its workers and its releases."""
-    from trimaran.platforms.runpod.endpoint import without_values  # noqa: PLC0415
+    from trimaran.platforms.runpod.endpoint import address, without_values  # noqa: PLC0415
 
-    api = _api()
+    api = open_api()
     endpoint = api.get(name, endpoint_id)
     if as_json:
         shown = {"workers": api.workers(endpoint["id"])["workers"], "releases": api.releases(endpoint["id"])[:5]}
@@ -208,7 +203,7 @@ def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
     for release in api.releases(endpoint["id"])[:5]:
         fields = ", ".join(change["field"] for change in release["diff"])
         click.echo(f"  version {release.get('version')}  {release['createdAt']}  {fields}")
-    _show_addresses(endpoint)
+    click.echo(address(endpoint))
 
 
 @runpod.command(epilog="Example: trimaran deploy runpod logs --name chat --tail 50")
@@ -222,7 +217,7 @@ def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, quiet_s: float, as_json: bool) -> None:
     """Show the workers' latest log lines."""
-    api = _api()
+    api = open_api()
     endpoint = api.get(name, endpoint_id)
     workers = [worker_id] if worker_id else [worker["id"] for worker in api.workers(endpoint["id"])["workers"]]
     if not workers:
@@ -241,11 +236,29 @@ def rollback(name: str, endpoint_id: str | None, version: int | None) -> None:
     """Return to the image of an earlier release; the environment stays as it is."""
     from trimaran.platforms.runpod.endpoint import image_before  # noqa: PLC0415
 
-    api = _api()
+    api = open_api()
     endpoint = api.get(name, endpoint_id)
-    image = image_before(api.releases(endpoint["id"]), str(endpoint.get("image") or ""), version)
-    api.update(endpoint["id"], {"image": image})
-    click.echo(f"{name} goes back to {image}", err=True)
+    return_to(api, endpoint, image_before(api.releases(endpoint["id"]), str(endpoint.get("image") or ""), version))
+
+
+def return_to(
+    api: RunpodApi, endpoint: dict[str, Any], image: str, *, restores: ledger.Entry | None = None, wait: bool = False
+) -> None:
+    """Set an earlier image, and note it in the ledger; ``restores`` is the entry that is returned to."""
+    from trimaran.platforms.runpod.endpoint import address, configuration  # noqa: PLC0415
+
+    name = endpoint["name"].removesuffix(FLASHBOOT_SUFFIX)
+    with ledger.recording("runpod", name, "rollback") as entry:
+        entry.restores, entry.artifact = restores.number if restores else None, image
+        endpoint = api.update(endpoint["id"], {"image": image})
+        entry.service, entry.url = endpoint["id"], address(endpoint)
+        entry.configuration = ledger.fingerprint(configuration(endpoint))
+        entry.revision = api.newest_version(endpoint["id"])
+        click.echo(f"{name} goes back to {image}", err=True)
+        if wait:
+            _wait(api, endpoint["id"])
+            entry.result = ledger.LIVE
+    click.echo(entry.url)
 
 
 @runpod.command(epilog="Example: trimaran deploy runpod delete --name chat")
@@ -254,7 +267,7 @@ def rollback(name: str, endpoint_id: str | None, version: int | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(name: str, endpoint_id: str | None, yes: bool) -> None:
     """Delete the endpoint: its workers end, its jobs are cancelled."""
-    api = _api()
+    api = open_api()
     endpoint = api.get(name, endpoint_id)
     if not yes:
         click.confirm(f"Delete {endpoint['name']} ({endpoint['id']}) and cancel its jobs?", abort=True, err=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from modal_proto import api_pb2 as pb
 
-from trimaran.emulate.modal.control import ControlPlane
+from trimaran.emulate.modal.deployments import Deployments
 
 ASGI = pb.DATA_FORMAT_ASGI
 POLL_S = 20.0
@@ -29,7 +29,7 @@ class Call:
     )
 
 
-class Calls(ControlPlane):
+class Calls(Deployments):
     """The container's side of the control plane.  All on one event loop."""
 
     def __init__(self, *args: Any) -> None:

@@ -80,6 +80,7 @@ class Container:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self._plane.containers.append(self)
 
     def log(self) -> str:
         """Everything it has printed."""
@@ -98,6 +99,8 @@ class Container:
                 self.process.kill()
         if not self._function.is_builder_function:
             self._plane.gateway.method = None
+        if self in self._plane.containers:
+            self._plane.containers.remove(self)
         return self.process.wait()
 
     def translate(self, arguments: pb.FunctionInput) -> pb.FunctionInput:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -54,29 +53,12 @@ class ControlPlane:
         metadata = pb.EnvironmentMetadata(name=request.deployment_name or "main", settings=settings)
         return pb.EnvironmentGetOrCreateResponse(environment_id="en-1", metadata=metadata)
 
-    async def app_create(self, request: pb.AppCreateRequest) -> pb.AppCreateResponse:
-        """One app."""
-        del request
-        return pb.AppCreateResponse(app_id="ap-1", app_page_url=self.url, app_logs_url=self.url)
-
-    async def app_get_by_deployment_name(
-        self, request: pb.AppGetByDeploymentNameRequest
-    ) -> pb.AppGetByDeploymentNameResponse:
-        """None yet."""
-        del request
-        return pb.AppGetByDeploymentNameResponse()
-
     async def workspace_billing_rates(
         self, request: pb.WorkspaceBillingRatesRequest
     ) -> pb.WorkspaceBillingRatesResponse:
         """Today's prices."""
         del request
         return pb.WorkspaceBillingRatesResponse(rates=self.rates)
-
-    async def app_publish(self, request: pb.AppPublishRequest) -> pb.AppPublishResponse:
-        """The deploy is complete."""
-        self.published = request
-        return pb.AppPublishResponse(url=self.url, deployed_at=time.time())
 
     async def mount_batched_check_existence(
         self, request: pb.MountBatchedCheckExistenceRequest

@@ -71,6 +71,9 @@ class Emulator(Calls):
         """Every call, by the protocol's name, in order."""
         self.unanswered: set[str] = set()
         """Calls that nothing here handles; they got an empty answer."""
+        self.containers: list[Container] = []
+        """Those that run now."""
+        self.log_files = lambda: [(made.folder.name, made.folder / "log") for made in self.containers]
         self.gateway = Gateway(self)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()

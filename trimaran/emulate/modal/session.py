@@ -18,8 +18,8 @@ from serve.errors import ConfigError, ModelLoadError
 from trimaran.emulate.modal.container import Container, is_loopback
 from trimaran.emulate.modal.service import Emulator
 from trimaran.emulate.modal.tree import tree
+from trimaran.platforms.modal.client import ADAPTER, check_adapter
 
-ADAPTER = Path(__file__).resolve().parents[3] / "deploy/modal/app.py"
 READY_S = 600.0
 
 
@@ -55,8 +55,7 @@ def prepare_environment(model: str | None) -> tuple[dict[str, str], str]:
     Raises:
         ConfigError: there is no adapter, or the model would have to come from the Hub.
     """
-    if not ADAPTER.exists():
-        raise ConfigError(f"{ADAPTER} is not there: run this from a checkout of Trimaran")
+    check_adapter()
     environment = dict(os.environ)
     if model is not None:
         environment["SERVE_MODEL"] = model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -12,6 +13,9 @@ from trimaran.platforms.render.service import GENERATED_KEY, ServiceSpec, create
 API = "https://api.render.com/v1"
 ENDED = frozenset({"live", "deactivated", "build_failed", "update_failed", "canceled", "pre_deploy_failed"})
 """States in which a deploy stays."""
+
+LOG_PAGE = 100
+"""Lines that Render gives at once."""
 
 Json = dict[str, Any]
 
@@ -98,10 +102,30 @@ class RenderApi:
         """The latest deploys, newest first."""
         return [entry["deploy"] for entry in self._call("GET", f"/services/{service_id}/deploys", limit=limit)]
 
-    def logs(self, service: Json, limit: int = 100) -> list[Json]:
+    def logs(self, service: Json, limit: int = LOG_PAGE) -> list[Json]:
         """The latest lines, oldest first: each with ``timestamp`` and ``message``."""
-        query = {"ownerId": service["ownerId"], "resource": service["id"], "limit": limit, "direction": "backward"}
-        return list(reversed(self._call("GET", "/logs", **query)["logs"]))
+        lines: list[Json] = []
+        window: dict[str, Any] = {}
+        while True:
+            page = self._log_page(service, "backward", min(limit - len(lines), LOG_PAGE), **window)
+            lines += page["logs"]
+            if len(lines) >= limit or not page["logs"] or not page.get("hasMore"):
+                return list(reversed(lines))
+            window = {"startTime": page["nextStartTime"], "endTime": page["nextEndTime"]}
+
+    def logs_since(self, service: Json, moment: str) -> Iterator[Json]:
+        """Lines from ``moment`` (a line's ``timestamp``; empty: an hour ago) on, oldest first."""
+        window: dict[str, Any] = {"startTime": moment}
+        while True:
+            page = self._log_page(service, "forward", LOG_PAGE, **window)
+            yield from page["logs"]
+            if not page["logs"] or not page.get("hasMore"):
+                return
+            window = {"startTime": page["nextStartTime"], "endTime": page["nextEndTime"]}
+
+    def _log_page(self, service: Json, direction: str, limit: int, **window: str) -> Json:
+        query = {"ownerId": service["ownerId"], "resource": service["id"], "limit": limit, "direction": direction}
+        return self._call("GET", "/logs", **query, **window)
 
     def rollback(self, service: Json, deploy_id: str | None = None) -> Json:
         """Return to an earlier deploy: the last one that was live, unless ``deploy_id`` names another."""
@@ -111,6 +135,21 @@ class RenderApi:
                 raise ConfigError(f"{service['name']} has no earlier deploy that was live; nothing to return to")
             deploy_id = str(earlier[0])
         return self._call("POST", f"/services/{service['id']}/rollback", {"deployId": deploy_id})
+
+
+def artifact(deploy: Json) -> str | None:
+    """What a deploy runs: its image, with the digest where Render tells it, or its commit."""
+    image: Json = deploy.get("image") or {}
+    commit: Json = deploy.get("commit") or {}
+    ref, sha = str(image.get("ref") or ""), str(image.get("sha") or "")
+    if ref and sha and "@" not in ref:
+        return f"{ref}@{sha if ':' in sha else f'sha256:{sha}'}"
+    return ref or commit.get("id")
+
+
+def address(service: Json) -> str:
+    """Where a service is reached, as well as Render tells."""
+    return str(service.get("serviceDetails", {}).get("url") or service.get("dashboardUrl") or service["id"])
 
 
 def _message(response: httpx.Response) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2 as httpx
 
 from serve.errors import ConfigError, ServeError
+from trimaran.platforms.runpod.endpoint import FLASHBOOT_SUFFIX
 
 API = "https://api.runpod.io"
 RETRIES, MAX_WAIT_S = 3, 30.0
@@ -60,8 +61,7 @@ class RunpodApi:
             ConfigError: several have the name; RunPod does not keep names apart.
         """
         endpoints: list[Json] = self._call("GET", "/v2/serverless")["endpoints"]
-        # RunPod appends this to the names of some endpoints.
-        found = [endpoint for endpoint in endpoints if endpoint["name"].removesuffix(" -fb") == name]
+        found = [endpoint for endpoint in endpoints if endpoint["name"].removesuffix(FLASHBOOT_SUFFIX) == name]
         if endpoint_id:
             found = [endpoint for endpoint in endpoints if endpoint["id"] == endpoint_id]
         if len(found) > 1:
@@ -100,10 +100,24 @@ class RunpodApi:
         """The types of GPU for serverless workers, each with its pool and its price an hour."""
         return self._call("GET", "/v2/catalog/gpus?include=AVAILABILITY&product=SERVERLESS")["gpus"]
 
-    def logs(self, endpoint_id: str, worker_id: str, tail: int, quiet_s: float) -> Iterator[Json]:
-        """A worker's log lines, the last ``tail`` first; ends when none came for ``quiet_s`` seconds."""
+    def newest_version(self, endpoint_id: str) -> str | None:
+        """The newest release's version; None where RunPod does not (yet) say."""
+        try:
+            releases = self.releases(endpoint_id)
+        except ServeError:
+            return None
+        version = releases[0].get("version") if releases else None
+        return None if version is None else str(version)
+
+    def logs(
+        self, endpoint_id: str, worker_id: str, tail: int, quiet_s: float | None, after: str = ""
+    ) -> Iterator[Json]:
+        """A worker's log lines, the last ``tail`` first, or those after the time ``after``.
+
+        Ends when none came for ``quiet_s`` seconds; without that, when RunPod ends the stream.
+        """
         path = f"/v2/serverless/{endpoint_id}/workers/{worker_id}/logs"
-        headers = {"accept": "text/event-stream"}
+        headers = {"accept": "text/event-stream", **({"last-event-id": after} if after else {})}
         timeout = httpx.Timeout(30.0, read=quiet_s)
         try:
             with self._client.stream("GET", path, params={"tail": tail}, headers=headers, timeout=timeout) as response:

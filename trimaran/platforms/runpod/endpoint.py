@@ -31,6 +31,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Of a new endpoint.  An update changes only what it is told."""
 
+FLASHBOOT_SUFFIX = " -fb"
+"""RunPod appends this to the names of some endpoints."""
+
 Json = dict[str, Any]
 
 
@@ -189,6 +192,25 @@ def image_before(releases: list[Json], current: str, version: int | None = None)
     raise ConfigError(
         f"no release of version {version}; there are: {known}" if version else "no release had another image"
     )
+
+
+CONFIGURED = (
+    *("name", "type", "image", "env", "disk", "gpu", "workers", "scaling", "timeout", "flashboot", "ports"),
+    *("registry", "networkVolumes", "dataCenterIds"),
+)
+
+
+def configuration(endpoint: Json) -> Json:
+    """The part of an endpoint that a deploy decides."""
+    return {name: endpoint[name] for name in CONFIGURED if endpoint.get(name) not in (None, [], {})}
+
+
+def address(endpoint: Json) -> str:
+    """Where the endpoint's OpenAI API is reached, as well as RunPod tells."""
+    urls: dict[str, str] = endpoint.get("requestUrls") or {}
+    if "base" in urls:
+        return f"{urls['base']}/v1"
+    return urls["run"].removesuffix("/run") + "/openai/v1" if "run" in urls else str(endpoint["id"])
 
 
 def without_values(body: Json) -> Json:

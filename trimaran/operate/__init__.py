@@ -1,0 +1,1 @@
+"""``trimaran history``, ``rollback``, ``status`` and ``logs``: the same for every platform."""

@@ -1,0 +1,1 @@
+"""What the kit knows of Modal: where the adapter is, and how to ask Modal's own command."""
