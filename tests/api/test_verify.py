@@ -110,16 +110,16 @@ class Buffering:
         await self.app(scope, receive, hold)
 
 
-class WithoutDone:
-    """Loses the end of each stream."""
+class Rewriting:
+    """Replaces bytes in each message of an answer."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    def __init__(self, app: App, found: bytes, replacement: bytes) -> None:
+        self.app, self.found, self.replacement = app, found, replacement
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         async def cut(message: Message) -> None:
             if message["type"] == "http.response.body":
-                message = {**message, "body": message.get("body", b"").replace(b"data: [DONE]\n\n", b"")}
+                message = {**message, "body": message.get("body", b"").replace(self.found, self.replacement)}
             await send(message)
 
         await self.app(scope, receive, cut)
@@ -146,10 +146,12 @@ class HoldsOn:
     [
         (Buffering, "pace", "buffered: the first token came"),
         (lambda app: Buffering(app, 4096), "pace", "buffered in blocks"),
-        (WithoutDone, "stream", r"without [DONE]"),
+        (lambda app: Rewriting(app, b"data: [DONE]\n\n", b""), "stream", "without [DONE]"),
+        (lambda app: Rewriting(app, b'"total_tokens":1', b'"total_tokens":3'), "usage", "do not add up"),
+        (lambda app: Rewriting(app, b'"usage":', b'"usage" :  '), "usage", "no whole answer"),
         (HoldsOn, "disconnect", "its request still runs"),
     ],
-    ids=["buffers", "buffers-blocks", "drops-done", "never-frees"],
+    ids=["buffers", "buffers-blocks", "drops-done", "miscounts", "breaks-off", "never-frees"],
 )
 def test_fault_of_a_proxy_is_caught_and_named(healthy, fault, name, said):
     with in_front(healthy, fault) as url:

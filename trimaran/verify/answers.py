@@ -16,6 +16,9 @@ MOMENT_S = 0.005
 """Events that are closer than this came together."""
 FEW_MOMENTS = 8
 MANY_PIECES = 32
+SAME_CHARS = 24
+"""Greedy texts of one model agree at least so far.  Later a rounding may turn a close decision: in another precision,
+or in the same one where requests share batches and prefixes."""
 
 
 def check_stream(target: Target) -> tuple[Outcome, Stream]:
@@ -87,7 +90,7 @@ def check_pace(target: Target, stream: Stream) -> Outcome:
 
 
 def check_usage(target: Target, stream: Stream) -> Outcome:
-    """Tokens add up, and a plain answer is the same as the stream."""
+    """Tokens add up, and a plain answer is the stream's, as far as greedy texts of one model agree."""
     name = "usage"
     answer = target.ask("POST", COMPLETIONS, json=target.chat(PROMPT, STREAM_TOKENS))
     if answer.status_code != 200:
@@ -96,13 +99,15 @@ def check_usage(target: Target, stream: Stream) -> Outcome:
     usage, streamed = plain.get("usage"), stream.usage
     if not usage or not streamed:
         return failed(name, f"no usage in {'the plain answer' if not usage else 'the stream (include_usage)'}")
-    if usage["prompt_tokens"] + usage["completion_tokens"] != usage["total_tokens"]:
-        return failed(name, "prompt and completion tokens do not add up to total_tokens", usage=usage)
+    for one in (usage, streamed):
+        if one["prompt_tokens"] + one["completion_tokens"] != one["total_tokens"]:
+            return failed(name, "prompt and completion tokens do not add up to total_tokens", usage=one)
     if plain["choices"][0]["finish_reason"] == "length" and usage["completion_tokens"] != STREAM_TOKENS:
         return failed(name, f"{STREAM_TOKENS} tokens were asked for and reached, and usage counts others", usage=usage)
-    if plain["choices"][0]["message"]["content"] != stream.text:
-        return failed(name, "the same greedy request has another text plain than streamed")
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    text = plain["choices"][0]["message"]["content"] or ""
+    if text[:SAME_CHARS] != stream.text[:SAME_CHARS]:
+        return failed(name, f"the same greedy request begins {text[:40]!r} plain, {stream.text[:40]!r} streamed")
+    counts = ("prompt_tokens", "completion_tokens") if text == stream.text else ("prompt_tokens",)
     if any(usage[count] != streamed[count] for count in counts):
         return failed(name, "the stream's usage differs from the plain answer's", plain=usage, stream=streamed)
     return passed(name, f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens, plain and streamed")

@@ -84,23 +84,36 @@ def verify(
 
 
 def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterator[Outcome]:
-    """Every check, in order; one that breaks down is a failure of its own."""
-    from trimaran.verify import answers, load, manners  # noqa: PLC0415
-    from trimaran.verify.outcome import skipped  # noqa: PLC0415
-    from trimaran.verify.reference import check_golden  # noqa: PLC0415
+    """Every check, in order.  One that gets no whole answer has failed."""
+    from functools import partial  # noqa: PLC0415
 
-    outcome, stream = answers.check_stream(target)
+    import httpx2 as httpx  # noqa: PLC0415
+
+    from trimaran.verify import answers, load, manners  # noqa: PLC0415
+    from trimaran.verify.outcome import failed, skipped  # noqa: PLC0415
+    from trimaran.verify.reference import check_golden  # noqa: PLC0415
+    from trimaran.verify.target import Stream  # noqa: PLC0415
+
+    stream = Stream()
+    try:
+        outcome, stream = answers.check_stream(target)
+    except httpx.HTTPError as error:
+        outcome = failed("stream", f"no whole answer: {type(error).__name__}: {error}")
     yield outcome
-    yield answers.check_pace(target, stream)
-    yield answers.check_usage(target, stream)
-    if wanted is None:
-        yield skipped("golden tokens", "nothing to compare with: give --local MODEL or --reference FILE")
-    else:
-        yield check_golden(target, wanted)
-    yield manners.check_keys(target)
-    yield manners.check_parameters(target)
-    yield load.check_disconnect(target, stream)
-    yield load.check_concurrency(target, concurrency)
+    unknown = skipped("golden tokens", "nothing to compare with: give --local MODEL or --reference FILE")
+    for name, check in (
+        ("pace", partial(answers.check_pace, target, stream)),
+        ("usage", partial(answers.check_usage, target, stream)),
+        ("golden tokens", (lambda: unknown) if wanted is None else partial(check_golden, target, wanted)),
+        ("keys", partial(manners.check_keys, target)),
+        ("parameters", partial(manners.check_parameters, target)),
+        ("disconnect", partial(load.check_disconnect, target, stream)),
+        ("concurrency", partial(load.check_concurrency, target, concurrency)),
+    ):
+        try:
+            yield check()
+        except httpx.HTTPError as error:
+            yield failed(name, f"no whole answer: {type(error).__name__}: {error}")
 
 
 def wait_until_ready(target: Target, wait_s: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import httpx2 as httpx
 
 from serve.errors import ConfigError, ModelLoadError
+from trimaran.verify.answers import SAME_CHARS
 from trimaran.verify.outcome import Outcome, failed, passed
 from trimaran.verify.target import COMPLETIONS, Target
 
@@ -25,8 +26,6 @@ PROMPTS = (
     "Explain in one sentence why the sky is blue.",
 )
 TOKENS = 24
-SAME_CHARS = 24
-"""Greedy texts of one model agree at least so far.  Later a rounding in another precision may turn a close decision."""
 START_S = 600.0
 
 Reference = dict[str, str]
