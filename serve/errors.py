@@ -8,7 +8,8 @@
     │  ├─ ResponseNotFound  ├─ PreviousResponseNotFound  ├─ RouteNotOffered
     │  └─ RequestTooLarge  └─ RequestTimeout  └─ UnsupportedMediaType
     ├─ CapacityError                 try again later; always with retry_after
-    │  ├─ QueueFull  ├─ RateLimited  ├─ EngineNotReady  ├─ ShuttingDown  └─ DeadlineExceeded
+    │  ├─ QueueFull  ├─ RateLimited  ├─ EngineNotReady  ├─ ShuttingDown  ├─ DeadlineExceeded
+    │  ├─ IssuerUnavailable  └─ RecordsUnavailable
     └─ EngineError                   our fault
        ├─ GenerationFailed           this request only; the engine lives
        ├─ OutOfMemory                this request only; the engine lives
@@ -157,6 +158,18 @@ class DeadlineExceeded(CapacityError):
     """The request did not finish in the time it was given."""
 
     code = "deadline_exceeded"
+
+
+class IssuerUnavailable(CapacityError):
+    """The issuer of a token does not tell its keys now, so that nobody knows whether the token is good."""
+
+    code = "issuer_unavailable"
+
+
+class RecordsUnavailable(CapacityError):
+    """The database of usage records does not answer, or holds none yet."""
+
+    code = "records_unavailable"
 
 
 class EngineError(ServeError):

@@ -98,7 +98,7 @@ def check_keys(settings: Settings, command: str) -> None:
     Raises:
         ConfigError: no keys, with the ready command and a fresh one.
     """
-    if settings.api_keys or settings.allow_anonymous:
+    if settings.knows_callers or settings.allow_anonymous:
         return
     given = [f"{name}={shlex.quote(value)}" for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)]
     ready = " ".join([*given, f"SERVE_API_KEYS=sk-{secrets.token_hex(24)}", command])

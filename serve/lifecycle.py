@@ -254,7 +254,7 @@ class Lifecycle:
 
     def patience_s(self, received_at: float) -> float:
         """Seconds that a request which came at ``received_at`` still waits for the model."""
-        return max(0.0, self._settings.load_wait_s - (time.perf_counter() - received_at))
+        return max(0.0, self._settings.patience_s - (time.perf_counter() - received_at))
 
     def _give_up_waiting(self, stream: TokenStream) -> None:
         if self.state is State.LOADING:

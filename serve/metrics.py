@@ -6,13 +6,16 @@ grow the number of series.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve.background import in_background
+from serve.engine.device import gpu_memory
 from serve.lifecycle import Lifecycle, State
 from serve.observe import RequestRecord
 from serve.watchdog import Watchdog
@@ -28,6 +31,7 @@ SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Buckets for what takes a step or less."""
 LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Buckets for what a caller waits for."""
+DRIVER_WAIT_S = 0.2
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -45,6 +49,8 @@ class Metrics:
         self._registry.register(_State(lifecycle, watchdog))
         if records is not None:
             self._registry.register(_Records(records))
+        self._gpu_memory = GpuMemory()
+        self._registry.register(self._gpu_memory)
         self._requests = self._counter("http_requests", "Requests by route and status.", ("route", "status"))
         self._finished = self._counter("generations", "Generations by why they ended.", ("finish_reason",))
         self._errors = self._counter("errors", "Errors by code, also those inside a stream.", ("code",))
@@ -87,8 +93,9 @@ class Metrics:
             if seconds is not None:
                 histogram.observe(seconds)
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
+        await self._gpu_memory.sample()
         return generate_latest(self._registry)
 
 
@@ -117,6 +124,31 @@ class _State(Collector):
         for name, seconds in self._lifecycle.phases.items():
             phases.add_metric([name], seconds)
         yield phases
+
+
+class GpuMemory(Collector):
+    """The GPU's memory.  The driver is asked in a thread: one that hangs costs a scrape :data:`DRIVER_WAIT_S`."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, int]] = gpu_memory) -> None:
+        self._ask = ask
+        self._asking: asyncio.Future[Mapping[str, int]] | None = None
+        self._known: Mapping[str, int] = {}
+
+    async def sample(self) -> None:
+        """Ask again, unless the last question is still open."""
+        if self._asking is None:
+            self._asking = in_background(self._ask)
+        await asyncio.wait({self._asking}, timeout=DRIVER_WAIT_S)
+        if self._asking.done():
+            self._known, self._asking = self._asking.result(), None
+
+    def collect(self) -> Iterator[Metric]:
+        """What was heard last; nothing where there is no GPU."""
+        if self._known:
+            memory = GaugeMetricFamily(f"{PREFIX}_gpu_memory_bytes", "The GPU's memory, by use.", labels=["use"])
+            for name, num_bytes in self._known.items():
+                memory.add_metric([name], num_bytes)
+            yield memory
 
 
 class _Records(Collector):

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "
 
 _UNLOGGED = frozenset(
     {"received_at", "queue_s", "first_token_at", "last_token_at", "endpoint", "machine", "share", "machine_s"}
+    | {"deadline_s", "queued_at", "trace_headers"}
 )
 
 
@@ -36,6 +38,7 @@ class RequestRecord:
     received_at: float = field(default_factory=time.perf_counter)
     status: int | None = None
     caller: str | None = None
+    key_id: str | None = None
     model: str | None = None
     is_stream: bool = False
     prompt_tokens: int | None = None
@@ -48,6 +51,11 @@ class RequestRecord:
     cached_tokens: int = 0
     endpoint: str | None = None
     """The route as it is declared; None: there is none."""
+    queued_at: float | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The caller's place in a trace, as W3C's headers have it."""
+    deadline_s: float | None = None
+    """Seconds that it may take in all; None: no bound."""
     machine: MachineTime | None = None
     """Measures the request's share of the machine; None: nobody does."""
     share: Share | None = None
@@ -56,6 +64,7 @@ class RequestRecord:
 
     def begin_work(self, num_sequences: int) -> None:
         """The machine works for this request from now on, until it ends."""
+        self.queued_at = time.perf_counter()
         if self.machine is not None and self.share is None:
             self.share = self.machine.begin(num_sequences)
 
@@ -78,6 +87,8 @@ class RequestRecord:
         values: dict[str, Any] = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in _UNLOGGED
         }
+        if self.key_id == self.caller:
+            del values["key_id"]
         if self.first_token_at is None:
             del values["completion_tokens"], values["cached_tokens"]
         values["queue_ms"] = _ms(self.queue_s)
@@ -103,6 +114,13 @@ class RequestRecord:
         if self.first_token_at is None or self.last_token_at is None or self.completion_tokens < 2:
             return None
         return (self.last_token_at - self.first_token_at) / (self.completion_tokens - 1)
+
+    def server_timing(self) -> str:
+        """What is known so far as the header ``Server-Timing``: a stream's headers leave before its first token."""
+        prefill_s = None if self.ttft_s is None else max(0.0, self.ttft_s - (self.queue_s or 0.0))
+        decode_s = None if self.first_token_at is None else time.perf_counter() - self.first_token_at
+        parts = {"queue": self.queue_s, "prefill": prefill_s, "decode": decode_s, "total": self.age_s}
+        return ", ".join(f"{name};dur={_ms(seconds)}" for name, seconds in parts.items() if seconds is not None)
 
     def log(self) -> None:
         """Write the line."""

@@ -63,6 +63,11 @@ class Passage:
         self._error: ServeError | None = None
         self._at_end: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._ending: set[asyncio.Task[None]] = set()
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def end_by(self, deadline: asyncio.TimerHandle | None) -> None:
+        """Hold the timer that fails this passage; closing cancels it."""
+        self._deadline = deadline
 
     def at_end(self, release: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Call ``release`` when the passage closes, whatever ended it."""
@@ -94,6 +99,8 @@ class Passage:
     def close(self) -> None:
         """Nobody waits any more: what runs for it is cancelled, here and at the remote."""
         self._on_close(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._step is not None:
             self._step.cancel()
         releases, self._at_end = self._at_end, []

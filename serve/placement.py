@@ -27,6 +27,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 GB = 1_000_000_000
 LORA_PACKAGES = ("peft", "accelerate", "psutil")
 RECORDS_PACKAGES = ("aiosqlite", "alembic", "asyncpg", "greenlet", "Mako", "SQLAlchemy")
+OIDC_PACKAGES = ("PyJWT", "cryptography", "cffi", "pycparser")
+TRACES_PACKAGES = (
+    *("opentelemetry-exporter-otlp-proto-http", "opentelemetry-exporter-http-transport", "opentelemetry-sdk"),
+    *("opentelemetry-exporter-otlp-common", "opentelemetry-exporter-otlp-proto-common", "opentelemetry-proto"),
+    *("opentelemetry-semantic-conventions", "googleapis-common-protos", "protobuf"),
+)
 """The extras of these names with what they need in turn, beyond what every image has."""
 UNKNOWN_BYTES = 20_000_000_000
 """Taken for a model that nothing is known of: too much rather than too little."""
@@ -114,6 +120,8 @@ def place(settings: Settings, mount: str, device_type: str) -> Placement:
         variables["HF_HUB_OFFLINE"] = "1"
     packages = [name for one in found for name in one.packages]
     packages += RECORDS_PACKAGES if settings.records_url else ()
+    packages += OIDC_PACKAGES if settings.oidc_issuer else ()
+    packages += TRACES_PACKAGES if settings.traces_url else ()
     return Placement(
         parts=tuple(dict.fromkeys(part for one in found for part in one.parts)),
         variables=variables,

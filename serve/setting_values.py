@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -132,3 +133,13 @@ def _wrong_value(problem: Any, settings: type[BaseSettings]) -> str:
     variable = name if name.isupper() else settings.model_config.get("env_prefix", "") + name.upper()
     shown = "" if name in secret_names(settings.model_fields) else f"={problem['input']!r}"
     return f"{variable}{shown}: {message}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

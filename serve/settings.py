@@ -7,7 +7,6 @@ Precedence: argument > environment > ``.env`` > ``trimaran.toml`` > default.  Re
 from __future__ import annotations
 
 import difflib
-import ipaddress
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from serve.setting_values import (
     ToolPrompt,
     cache_if_any,
     holds_model,
+    is_loopback,
     is_origin,
     name_of,
     written,
@@ -105,7 +105,20 @@ class Settings(BaseSettings):
         description="Port to bind; PORT is honoured too.",
         validation_alias=AliasChoices("SERVE_PORT", "PORT"),
     )
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="Accepted keys, separated by commas.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Accepted keys, separated by commas: each itself, or sha256: and its hash."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of keys, from `trimaran keys new`; read again whenever it changes."
+    )
+    oidc_issuer: str = Field(
+        "", description="OpenID Connect issuer whose JWTs are accepted too: https://... Needs the extra oidc."
+    )
+    oidc_audience: str = Field("", description="What a JWT must be for (aud).")
+    oidc_algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("RS256", "ES256"), description="Signatures of JWTs that count, separated by commas."
+    )
+    oidc_leeway_s: float = Field(30.0, ge=0, le=600, description="Seconds by which the issuer's clock may differ.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Web pages that may read answers: origins such as https://app.example, by commas, or *."
     )
@@ -127,6 +140,9 @@ class Settings(BaseSettings):
     stored_response_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of them for each key; the oldest go first.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
     load_wait_s: float = Field(100.0, ge=0, le=3600, description="Seconds an early request waits for the model.")
+    request_deadline_s: float | None = Field(
+        None, gt=0, le=86400, description="Seconds that a request may take in all; what still runs then ends with 504."
+    )
     keep_alive_s: float = Field(10.0, gt=0, le=3600, description="Seconds between comments until the first token.")
     stream_writes_per_s: int | None = Field(
         None, ge=1, description="Writes to all streams together; faster tokens share one. Default: no limit."
@@ -144,6 +160,7 @@ class Settings(BaseSettings):
     usd_per_hour: float | None = Field(
         None, gt=0, le=10_000, description="Price of this machine, for the estimated cost of each request."
     )
+    traces_url: str = Field("", description="OpenTelemetry collector, http://HOST:4318/v1/traces. Needs extra traces.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
 
@@ -164,7 +181,7 @@ class Settings(BaseSettings):
         mounted = [str(name).strip() for name in names if holds_model(Path(str(name).strip()))]
         return {**values, "model": mounted[0]} if mounted else values
 
-    @field_validator("api_keys", "model_folders", "cors_origins", mode="before")
+    @field_validator("api_keys", "model_folders", "cors_origins", "oidc_algorithms", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -195,7 +212,7 @@ class Settings(BaseSettings):
             raise ValueError("SERVE_MODEL is not set: name a model folder or a Hugging Face id (or SERVE_ENGINE=echo)")
         if self.engine is EngineName.REMOTE and not self.remote_url.startswith(("http://", "https://")):
             raise ValueError("SERVE_ENGINE=remote needs SERVE_REMOTE_URL: the address of a server, https://...")
-        if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
+        if not (self.knows_callers or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(
                 f"SERVE_HOST={self.host} is reachable from other machines: "
                 "set SERVE_API_KEYS, or SERVE_ALLOW_ANONYMOUS=true to answer everyone"
@@ -203,6 +220,11 @@ class Settings(BaseSettings):
         if self.embedding_name and self.embedding_name == self.served_name:
             raise ValueError(f"both models are called {self.served_name}: set SERVE_MODEL_NAME")
         return self
+
+    @property
+    def knows_callers(self) -> bool:
+        """Whether a request must show a key or a token."""
+        return bool(self.api_keys or self.api_keys_file or self.oidc_issuer)
 
     @cached_property
     def served_name(self) -> str:
@@ -232,6 +254,11 @@ class Settings(BaseSettings):
         return public, secret
 
     @property
+    def patience_s(self) -> float:
+        """Seconds that an early request waits for the model."""
+        return min(self.load_wait_s, self.request_deadline_s or self.load_wait_s)
+
+    @property
     def loaded_from(self) -> tuple[object, ...]:
         """Everything that decides which model is in memory, and how."""
         return self.model, self.model_revision, self.chat_template, self.engine, self.engine_config()
@@ -257,16 +284,6 @@ class Settings(BaseSettings):
             trust_remote_code=self.trust_remote_code,
             cache_dir=self.cache_dir or cache_if_any(),
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,13 +98,11 @@ class Postgres:
 
 
 @contextmanager
-def running_postgres(folder: Path) -> Iterator[Postgres]:
+def running_postgres() -> Iterator[Postgres]:
     """A cluster that ends with the block."""
-    for parent in [folder, *folder.parents][:3]:  # pytest's folders are private
-        if os.geteuid() == 0 and parent != Path("/tmp"):  # noqa: S108
-            parent.chmod(parent.stat().st_mode | 0o011)
-    postgres = Postgres(folder)
-    try:
-        yield postgres
-    finally:
-        postgres.kill()
+    with tempfile.TemporaryDirectory(prefix="postgres") as folder:  # not pytest's, where nobody may not go
+        postgres = Postgres(Path(folder))
+        try:
+            yield postgres
+        finally:
+            postgres.kill()

@@ -17,6 +17,7 @@ from trimaran.config.init import init
 from trimaran.deploy.commands import deploy
 from trimaran.doctor.command import doctor
 from trimaran.emulate.commands import emulate
+from trimaran.keys import keys
 from trimaran.operate.commands import history, logs, rollback, status
 from trimaran.plan.command import plan
 from trimaran.usage import usage
@@ -135,6 +136,7 @@ main.add_command(emulate)
 main.add_command(deploy)
 main.add_command(plan)
 main.add_command(doctor)
+main.add_command(keys)
 main.add_command(usage)
 main.add_command(verify)
 for command in (history, logs, rollback, status):

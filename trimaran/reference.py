@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 HEADER = """\
 # Configuration
@@ -66,4 +66,6 @@ def _shown(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{','.join(map(str, cast('tuple[object, ...]', value)))}`"
     return f"`{value.value if isinstance(value, Enum) else value}`"

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import click
 
 from serve.errors import ServeError
+from serve.records.reading import COUNTS, MAX_DAYS, Sums, first_day, read_sums
 
 BAR = 40
 """Characters of the longest bar of the chart."""
 
 MAX_CHARTED = 10
-SUMS = ("requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
+TIMEOUT_S = 30.0
+MEASURED = ("machine_ms", "cost_usd")
 HEADINGS = ("requests", "failed", "prompt", "cached", "completion", "TTFT ms", "machine s", "cost $")
 COLUMNS = {"key": "caller", "model": "model", "route": "route", "day": "day"}
 
-Sums = dict[str, Any]
-"""One group's: the values that name it, and its sums."""
-
 
 @click.command(epilog="Example: trimaran usage --url sqlite:////data/usage.db --days 30 --by model")
-@click.option("--url", envvar="SERVE_RECORDS_URL", help="The database. Default: SERVE_RECORDS_URL.")
-@click.option("--days", type=click.IntRange(1, 3660), default=7, show_default=True, help="Today (UTC) and before it.")
+@click.option(
+    "--url", envvar="SERVE_RECORDS_URL", help="The database, or a server: https://... Default: SERVE_RECORDS_URL."
+)
+@click.option("--key", envvar="TRIMARAN_API_KEY", help="For a server: a key of the scope admin.")
+@click.option(
+    "--days", type=click.IntRange(1, MAX_DAYS), default=7, show_default=True, help="Today (UTC) and before it."
+)
 @click.option("--by", type=click.Choice(list(COLUMNS)), default="key", show_default=True, help="One line for each.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each key and day instead.")
-def usage(url: str | None, days: int, by: str, as_json: bool) -> None:
+def usage(url: str | None, key: str | None, days: int, by: str, as_json: bool) -> None:
     """Print the requests, tokens and estimated cost of each key, and a chart of its days.
 
-    Reads the database that a server with the same SERVE_RECORDS_URL writes.
+    Reads the database that a server with the same SERVE_RECORDS_URL writes, or asks such a server.
     """
     if not url:
         raise click.UsageError("name the database: --url sqlite:///usage.db, or set SERVE_RECORDS_URL")
-    since = datetime.now(UTC).date() - timedelta(days=days - 1)
-    table, chart = read(url, since, [(COLUMNS[by],), ("caller", "day")])
+    since, groups = first_day(days), [(COLUMNS[by],), ("caller", "day")]
+    if url.startswith(("http://", "https://")):
+        found = fetch(url, key, days)
+        table, chart = (merged(found, columns) for columns in groups)
+    else:
+        table, chart = read_sums(url, since, groups)
     if as_json:
         for sums in chart:
             click.echo(json.dumps(sums, default=str))
@@ -51,40 +57,34 @@ def usage(url: str | None, days: int, by: str, as_json: bool) -> None:
     click.echo(f"\nTokens of each key and day\n\n{chart_text(chart, since, days)}")
 
 
-def read(url: str, since: date, groups: Sequence[tuple[str, ...]]) -> list[list[Sums]]:
-    """The sums for each of the groupings.
+def fetch(url: str, key: str | None, days: int) -> list[Sums]:
+    """What a server knows.
 
     Raises:
-        ServeError: the address is wrong, or the database does not answer or holds no records.
+        ServeError: it does not answer, or not with usage; the message says why.
     """
-    from serve.records.address import database_address  # noqa: PLC0415
+    import httpx2 as httpx  # noqa: PLC0415
 
-    address = database_address(url)
-    if address.startswith("sqlite") and not Path(file := address.partition(":///")[2]).exists():
-        raise ServeError(f"there is no file {file}: has a server with this SERVE_RECORDS_URL run yet?")
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
-
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        return asyncio.run(_read(url, since, groups))
-    except (SQLAlchemyError, OSError) as error:
-        reason = (str(getattr(error, "orig", None) or error) or type(error).__name__).splitlines()[0]
-        raise ServeError(f"the database of usage records cannot be read: {reason}") from None
+        answer = httpx.get(url.rstrip("/") + "/usage", params={"days": days}, headers=headers, timeout=TIMEOUT_S)
+        body: Any = answer.json()
+        if answer.status_code == 200:
+            return [{**sums, "day": date.fromisoformat(sums["day"])} for sums in body["usage"]]
+        reason = str(body["error"]["message"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise ServeError(f"{url} does not answer with usage: {error or type(error).__name__}") from None
+    if answer.status_code == 404:
+        reason = "usage records are only in its log; start it with SERVE_RECORDS_URL"
+    raise ServeError(f"{url} answers {answer.status_code}: {reason}")
 
 
-async def _read(url: str, since: date, groups: Sequence[tuple[str, ...]]) -> list[list[Sums]]:
-    from serve.records.store import UsageStore  # noqa: PLC0415
-
-    store = UsageStore(url)
-    try:
-        found = [await store.sums(since, columns) for columns in groups]
-    finally:
-        await store.close()
-    return [[_plain(row) for row in rows] for rows in found]
-
-
-def _plain(sums: Mapping[str, Any]) -> Sums:
-    """PostgreSQL's sums are decimal numbers."""
-    return {**sums, **{name: int(sums[name]) for name in SUMS}}
+def merged(found: Iterable[Sums], columns: Sequence[str]) -> list[Sums]:
+    """Sums of sums, by fewer columns."""
+    groups: dict[tuple[Any, ...], list[Sums]] = {}
+    for sums in found:
+        groups.setdefault(tuple(sums[name] for name in columns), []).append(sums)
+    return [{**dict(zip(columns, group, strict=True)), **_total(groups[group])} for group in sorted(groups, key=str)]
 
 
 def table_text(name: str, table: Iterable[Sums]) -> str:
@@ -101,7 +101,7 @@ def table_text(name: str, table: Iterable[Sums]) -> str:
 def _cells(sums: Sums) -> list[str]:
     ttft, machine, cost = sums["ttft_ms"], sums["machine_ms"], sums["cost_usd"]
     return [
-        *(f"{sums[name]:,}" for name in SUMS),
+        *(f"{sums[name]:,}" for name in COUNTS),
         "" if ttft is None else f"{ttft:.0f}",
         "" if machine is None else f"{machine / 1000:,.1f}",
         "" if cost is None else f"{cost:,.4f}",
@@ -109,11 +109,14 @@ def _cells(sums: Sums) -> list[str]:
 
 
 def _total(rows: Sequence[Sums]) -> Sums:
-    total: Sums = {name: sum(sums[name] for sums in rows) for name in SUMS}
-    for name in ("machine_ms", "cost_usd"):
+    total: Sums = {name: sum(sums[name] for sums in rows) for name in COUNTS}
+    for name in MEASURED:
         known = [sums[name] for sums in rows if sums[name] is not None]
         total[name] = sum(known) if known else None
-    return {**total, "ttft_ms": None}
+    timed = [(sums["ttft_ms"], sums["requests"]) for sums in rows if sums["ttft_ms"] is not None]
+    num_timed = sum(number for _, number in timed)
+    total["ttft_ms"] = sum(ttft * number for ttft, number in timed) / num_timed if num_timed else None
+    return total
 
 
 def chart_text(chart: Iterable[Sums], since: date, days: int) -> str:

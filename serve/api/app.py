@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -23,16 +24,18 @@ from serve.api import (
     responses,
     tokenize,
 )
-from serve.api.auth import KeyRing
+from serve.api.auth import OIDC, Door, oidc_scheme, security
 from serve.api.cors import cors
 from serve.api.errors import install_handlers
 from serve.api.limits import Limits
 from serve.api.middleware import BodyLimit, Boundary, Gate
 from serve.api.response_store import ResponseStore
 from serve.api.sse import WritePace
+from serve.background import in_background
 from serve.embedding import Embeddings
 from serve.engine.base import Engine
 from serve.errors import ConfigError
+from serve.keys import KeyRing, environment_key
 from serve.lifecycle import Lifecycle
 from serve.limits import Limiter
 from serve.machine_time import MachineTime
@@ -43,7 +46,12 @@ from serve.source import choose_origin
 from serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from serve.oidc import TokenVerifier
     from serve.records.writer import RecordWriter
+    from serve.traces import Traces
+
+KEYS_CHECKED_S = 2.0
+"""How often the file of keys is looked at."""
 
 
 def create_engine(settings: Settings) -> Engine:
@@ -62,17 +70,22 @@ def create_engine(settings: Settings) -> Engine:
 
 
 class _App(FastAPI):
-    """FastAPI whose OpenAPI document tells the truth about validation: 400 with our body, never 422."""
+    """FastAPI whose OpenAPI document tells the truth: our errors, never 422; scopes; the issuer of tokens."""
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
-            for path in document["paths"].values():
-                for operation in path.values():
+            schemas, door = document["components"], cast("Door", self.state.door)
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
                     operation["responses"].pop("422", None)
+                    if "security" in operation:
+                        operation["security"] = security(path, operation["security"], door)
             for name in ("HTTPValidationError", "ValidationError"):
-                document["components"]["schemas"].pop(name, None)
+                schemas["schemas"].pop(name, None)
+            if door.tokens is not None:
+                schemas["securitySchemes"][OIDC] = oidc_scheme(door.tokens.discovery_url)
         return super().openapi()
 
 
@@ -110,8 +123,9 @@ def create_app(
     records = _record_writer(settings)
     metrics = Metrics(lifecycle, watchdog, records)
     limiter = Limiter(settings.allowance())
-    sinks = [RequestRecord.log, metrics.observe, *([records.put] if records else [])]
-    keys = KeyRing(key.get_secret_value() for key in settings.api_keys)
+    traces = _traces(settings)
+    sinks = [RequestRecord.log, metrics.observe, *(sink.put for sink in (records, traces) if sink)]
+    machine, door = MachineTime(settings.usd_per_hour), Door(_key_ring(settings), _token_verifier(settings))
     app = _App(
         title="Trimaran",
         version=health.package_version(),
@@ -123,8 +137,8 @@ def create_app(
         generate_unique_id_function=_operation_id,
         middleware=[
             *cors(settings.cors_origins),
-            Middleware(Boundary, sinks=sinks, machine=MachineTime(settings.usd_per_hour)),
-            Middleware(Gate, keys=keys),
+            Middleware(Boundary, sinks=sinks, machine=machine, deadline_s=settings.request_deadline_s),
+            Middleware(Gate, door=door),
             Middleware(Limits, limiter=limiter),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
         ],
@@ -133,10 +147,10 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.state.pace = WritePace(settings.stream_writes_per_s)
     app.state.watchdog, app.state.metrics, app.state.limiter = watchdog, metrics, limiter
-    app.state.records = records
+    app.state.records, app.state.traces, app.state.door = records, traces, door
     app.state.responses = ResponseStore(settings.stored_responses, settings.stored_response_bytes)
     install_handlers(app)
-    for router in (*_model_routers(app, settings), invocations.router, health.router, pages.router):
+    for router in (*_model_routers(app, settings), invocations.router, *_operator_routers(settings)):
         app.include_router(router)
     pages.mount_assets(app)
     return app
@@ -162,6 +176,46 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     return (remote.router,)
 
 
+def _traces(settings: Settings) -> Traces | None:
+    """Who sends spans; None: nobody."""
+    if not settings.traces_url:
+        return None
+    from serve.traces import Traces  # noqa: PLC0415
+
+    return Traces(settings.traces_url)
+
+
+def _key_ring(settings: Settings) -> KeyRing:
+    fixed = [environment_key(key.get_secret_value()) for key in settings.api_keys]
+    return KeyRing(fixed, settings.api_keys_file)
+
+
+def _token_verifier(settings: Settings) -> TokenVerifier | None:
+    """Who verifies JWTs; None: there is no issuer."""
+    if not settings.oidc_issuer:
+        return None
+    from serve.oidc import TokenVerifier  # noqa: PLC0415
+
+    algorithms, leeway_s = settings.oidc_algorithms, settings.oidc_leeway_s
+    return TokenVerifier(settings.oidc_issuer, settings.oidc_audience, algorithms, leeway_s)
+
+
+async def _watch_keys(keys: KeyRing) -> None:
+    """Take what changes in the file of keys, for as long as the app lives."""
+    while True:
+        await asyncio.sleep(KEYS_CHECKED_S)
+        await in_background(keys.refresh)
+
+
+def _operator_routers(settings: Settings) -> tuple[APIRouter, ...]:
+    """The routes for whoever runs the server."""
+    if settings.records_url is None:
+        return health.router, pages.router
+    from serve.api import usage  # noqa: PLC0415
+
+    return health.router, usage.router, pages.router
+
+
 def _record_writer(settings: Settings) -> RecordWriter | None:
     """Who writes usage records into a database; None: only the log has them."""
     if settings.records_url is None:
@@ -176,19 +230,25 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     lifecycle: Lifecycle = app.state.lifecycle
     watchdog: Watchdog = app.state.watchdog
     records: RecordWriter | None = app.state.records
+    traces: Traces | None = app.state.traces
     lifecycle.start()
     watchdog.start()
     if records is not None:
         records.start()
+    if traces is not None:
+        traces.start()
+    watching = asyncio.create_task(_watch_keys(app.state.door.keys)) if app.state.settings.api_keys_file else None
     yield
     watchdog.stop()
+    if watching is not None:
+        watching.cancel()
     # Whoever runs the app may have drained it already (serve.server does); then this returns at once.
     await lifecycle.drain(0.0 if lifecycle.is_drained else app.state.settings.drain_timeout_s)
     await lifecycle.close()
     if (upstream := getattr(app.state, "upstream", None)) is not None:
         await upstream.close()
-    if records is not None:
-        await records.close()
+    # Together, so that what a platform waits for after SIGTERM is enough for both.
+    await asyncio.gather(*(sink.close() for sink in (records, traces) if sink))
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import hmac
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from serve.errors import AuthenticationError
+from serve.errors import AuthenticationError, PermissionDenied
+from serve.keys import Identity, KeyRing, Scope
+
+if TYPE_CHECKING:
+    from serve.oidc import TokenVerifier
 
 DOCUMENTED_SCHEMES = [
     Security(HTTPBearer(auto_error=False, description="The API key.")),
@@ -24,6 +27,11 @@ TRUSTED_CALLER = "trimaran.caller"
 
 Only code in this process can set it: no part of an HTTP request becomes a key of the scope.
 """
+
+OIDC = "OpenIdConnect"
+"""The scheme's name in OpenAPI."""
+
+ANYONE = Identity("anonymous")
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/ping"})
 """Health for the platform, and the playground: a static page without data, which asks for the key itself."""
@@ -54,46 +62,76 @@ def offered_protocols(headers: Mapping[str, str]) -> list[str]:
     return [name.strip() for name in headers.get("sec-websocket-protocol", "").split(",")]
 
 
-class KeyRing:
-    """The accepted keys, kept as digests."""
+ADMIN_PATHS = frozenset({"/metrics", "/usage"})
+"""What tells of everybody's requests."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+PUBLIC_PATHS = ("/version", *BASIC_PATHS)
+"""For every caller, whatever it may do."""
+
+
+def needed_scope(path: str) -> Scope | None:
+    """What a caller of this path must be allowed to do; None: nothing in particular."""
+    if path in ADMIN_PATHS:
+        return Scope.ADMIN
+    if any(path == allowed or path.startswith(allowed + "/") for allowed in PUBLIC_PATHS):
+        return None
+    return Scope.INFERENCE
+
+
+class Door:
+    """Decides who may come in, by the key or the token that a request carries.
+
+    Args:
+        keys: The accepted keys.
+        tokens: Verifies an issuer's tokens; None: there is no issuer.
+    """
+
+    def __init__(self, keys: KeyRing, tokens: TokenVerifier | None = None) -> None:
+        self.keys = keys
+        self.tokens = tokens
 
     @property
-    def is_empty(self) -> bool:
-        """No key was configured: everyone may ask."""
-        return not self._digests
+    def is_open(self) -> bool:
+        """Neither keys nor an issuer were configured: everyone may ask."""
+        return self.keys.is_empty and self.tokens is None
 
-    def identify(self, key: bytes) -> str:
-        """A name for the key's owner that reveals nothing of the key.
-
-        Compares with every key, each in constant time.
-
-        Raises:
-            AuthenticationError: no such key.
-        """
-        digest = hashlib.sha256(key).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
-            raise AuthenticationError("this API key is not accepted; check it, or ask the operator for one")
-        return "key-" + digest.hex()[:8]
-
-    def caller(self, path: str, headers: Mapping[str, str]) -> str:
+    async def identify(self, path: str, headers: Mapping[str, str]) -> Identity:
         """Who asks, by the key in ``headers`` (lower-case names).  ``X-API-Key`` wins over ``Authorization``.
 
         Raises:
-            AuthenticationError: no key, or not an accepted one.
+            AuthenticationError: no key or token, or not an accepted one.
+            PermissionDenied: an accepted one, which may not do this.
+            IssuerUnavailable: nobody can tell whether the token is good.
         """
-        if path in OPEN_PATHS or self.is_empty:
-            return "anonymous"
+        if path in OPEN_PATHS or self.is_open:
+            return ANYONE
         key = _raw(headers.get("x-api-key", "")) or _from_authorization(
             headers.get("authorization", ""), accepts_basic(path)
         )
         key = key or _from_protocols(offered_protocols(headers))
         if not key:
             raise AuthenticationError("no API key: send Authorization: Bearer KEY, or X-API-Key: KEY")
-        return self.identify(key)
+        is_token = self.tokens is not None and self.tokens.could_be(key)
+        identity = await self.tokens.identify(key) if self.tokens and is_token else self.keys.identify(key)
+        scope = needed_scope(path)
+        if scope is not None and scope not in identity.scopes:
+            shown = "token" if is_token else "API key"
+            raise PermissionDenied(f"this {shown} lacks the scope {scope.value}; ask the operator for one with it")
+        return identity
+
+
+def security(path: str, schemes: list[dict[str, list[str]]], door: Door) -> list[dict[str, list[str]]]:
+    """What OpenAPI says of a path that needs a key: the scope with each scheme, the issuer's too if there is one."""
+    scope = needed_scope(path)
+    scopes = [scope.value] if scope is not None else []
+    names = [*(name for scheme in schemes for name in scheme), *([OIDC] if door.tokens is not None else ())]
+    return [{name: scopes} for name in names]
+
+
+def oidc_scheme(discovery_url: str) -> dict[str, Any]:
+    """OpenAPI's description of the issuer."""
+    text = "A JWT of this issuer, as Authorization: Bearer. Its claim scope names inference, admin or both."
+    return {"type": "openIdConnect", "openIdConnectUrl": discovery_url, "description": text}
 
 
 def _raw(value: str) -> bytes:

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from serve.api.auth import DOCUMENTED_SCHEMES
+from serve.api.deadline import before_deadline
 from serve.api.errors import show
 from serve.api.fields import check_extras
 from serve.api.routing import StrictRoute
@@ -48,7 +49,8 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
     if not embeddings.is_loaded:
         raise lifecycle.not_ready()
     record.begin_work(1)
-    vectors, num_tokens = await embeddings.embed(_inputs(body), body.dimensions)
+    async with before_deadline(record):
+        vectors, num_tokens = await embeddings.embed(_inputs(body), body.dimensions)
     record.prompt_tokens = num_tokens
     usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
     answer = EmbeddingList(data=[], model=embeddings.name, usage=usage)

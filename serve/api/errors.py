@@ -39,6 +39,8 @@ TABLE: dict[type[ServeError], tuple[int, str]] = {
     errors.UpstreamFailed: (502, SERVER),
     errors.EngineNotReady: (503, BUSY),
     errors.ShuttingDown: (503, BUSY),
+    errors.IssuerUnavailable: (503, BUSY),
+    errors.RecordsUnavailable: (503, BUSY),
     errors.OutOfMemory: (503, BUSY),
     errors.ConfigError: (503, SERVER),
     errors.ModelLoadError: (503, SERVER),

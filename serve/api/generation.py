@@ -10,10 +10,11 @@ from typing import Protocol
 
 from starlette.types import Receive
 
+from serve.api.deadline import at_deadline
 from serve.api.schemas.sampling import MAX_CHOICES
 from serve.api.schemas.wire import INT64_MAX
 from serve.engine.base import TokenStream
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, ServeError
 from serve.lifecycle import Lifecycle
 from serve.observe import RequestRecord
 from serve.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
@@ -35,6 +36,7 @@ class Choices:
         self._record = record
         self._pending: dict[asyncio.Task[tuple[TokenEvent, ...]], int] = {}
         self._is_open = [True] * len(streams)
+        self._deadline = at_deadline(record, self._fail)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -77,8 +79,14 @@ class Choices:
         if event.error is not None:
             record.error_code = event.error.code
 
+    def _fail(self, error: ServeError) -> None:
+        for stream in self._streams:
+            stream.fail(error)
+
     def close(self) -> None:
         """Nobody reads any more: what still runs is aborted before the engine's next step."""
+        if self._deadline is not None:
+            self._deadline.cancel()
         for task in self._pending:
             task.cancel()
         if not all(stream.is_finished for stream in self._streams):
@@ -94,7 +102,7 @@ def submit(
 
     Raises:
         InvalidRequest: more sequences than may ever run and wait at once.
-        CapacityError: not all of them can be queued now; then none is.
+        CapacityError: not all of them can be queued now, or the request's time is over; then none is.
         EngineError: the model cannot be served.
     """
     _check_number(len(prompts), n, lifecycle.capacity)
@@ -110,12 +118,13 @@ def submit(
                     cache_scope=record.caller or "",
                 )
                 streams.append(lifecycle.submit(request, record.received_at))
+        choices = Choices(streams, record)
     except BaseException:
         for stream in streams:
             stream.close()
         raise
     record.begin_work(len(streams))
-    return Choices(streams, record)
+    return choices
 
 
 def _check_number(num_prompts: int, n: int, capacity: int | None) -> None:

@@ -81,7 +81,7 @@ async def get_version(request: Request) -> Version:
 async def get_metrics(request: Request) -> Response:
     """Counters, histograms and gauges in Prometheus' text format."""
     metrics: Metrics = request.app.state.metrics
-    return Response(metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await metrics.text(), media_type=CONTENT_TYPE)
 
 
 def batching(lifecycle: Lifecycle) -> Batching | None:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,15 +21,23 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, KeyRing, challenge
+from serve.api.auth import OPEN_PATHS, TRUSTED_CALLER, Door, challenge
 from serve.api.errors import error_response, plain_error, speaks_anthropic
-from serve.errors import AuthenticationError, PermissionDenied, RequestTimeout, RequestTooLarge
+from serve.errors import (
+    AuthenticationError,
+    IssuerUnavailable,
+    PermissionDenied,
+    RequestTimeout,
+    RequestTooLarge,
+)
+from serve.keys import Identity
 from serve.machine_time import MachineTime
 from serve.observe import RequestRecord
 
 logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+TRACE_HEADERS = ("traceparent", "tracestate")
 SWITCHED = 101
 CLIENT_CLOSED = 499
 """Logged when the client left before an answer; never sent."""
@@ -47,14 +56,19 @@ class Boundary:
         app: What it surrounds.
         sinks: Called with the record of each request that ended, health and the playground left out.
         machine: Measures what of the machine each request had.
+        deadline_s: Seconds that each request may take; None: no bound.
     """
 
     def __init__(
-        self, app: ASGIApp, sinks: Sequence[Callable[[RequestRecord], object]], machine: MachineTime | None = None
+        self,
+        app: ASGIApp,
+        sinks: Sequence[Callable[[RequestRecord], object]],
+        machine: MachineTime | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         self._app = app
         self._sinks = sinks
-        self._machine = machine
+        self._common: dict[str, Any] = {"machine": machine, "deadline_s": deadline_s}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, whatever happens inside."""
@@ -64,11 +78,11 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wanted = Headers(scope=scope).get("x-request-id", "")
+        given = Headers(scope=scope)
+        wanted = given.get("x-request-id", "")
         request_id = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else new_request_id()
-        record = RequestRecord(
-            request_id=request_id, method=scope["method"], route=scope["path"], machine=self._machine
-        )
+        record = RequestRecord(request_id=request_id, method=scope["method"], route=scope["path"], **self._common)
+        record.trace_headers = {name: given[name] for name in TRACE_HEADERS if name in given}
         is_head = scope["method"] == "HEAD"
         method = "GET" if is_head else scope["method"]
         scope = {**scope, "method": method, "trimaran.record": record, "trimaran.end": self._end}
@@ -78,6 +92,7 @@ class Boundary:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers["server-timing"] = record.server_timing()
                 if speaks_anthropic(scope["path"]):
                     headers["request-id"] = request_id
             elif is_head and message["type"] == "http.response.body":
@@ -108,9 +123,7 @@ class Boundary:
 
     async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, from its handshake to its end, as one record; its turns have records of their own."""
-        record = RequestRecord(
-            request_id=new_request_id(), method="WEBSOCKET", route=scope["path"], machine=self._machine
-        )
+        record = RequestRecord(request_id=new_request_id(), method="WEBSOCKET", route=scope["path"], **self._common)
 
         async def send_noting(message: Message) -> None:
             if message["type"] == "websocket.accept":
@@ -151,23 +164,24 @@ def new_request_id() -> str:
 
 
 class Gate:
-    """Turns requests without an accepted key away, before anything of them is read."""
+    """Turns requests without an accepted key or token away, before anything of them is read."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
-        self._keys = keys
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request in, or answer 401."""
+        """Let the request in, or answer 401 or 403."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers, is_socket = Headers(scope=scope), scope["type"] == "websocket"
         try:
-            caller = scope.get(TRUSTED_CALLER) or self._keys.caller(scope["path"], headers)
-            if is_socket and self._keys.is_empty:
+            trusted: str | None = scope.get(TRUSTED_CALLER)
+            identity = Identity(trusted) if trusted else await self._door.identify(scope["path"], headers)
+            if is_socket and self._door.is_open:
                 _refuse_foreign_page(headers)
-        except (AuthenticationError, PermissionDenied) as error:
+        except (AuthenticationError, PermissionDenied, IssuerUnavailable) as error:
             response = error_response(error, scope)
             if isinstance(error, AuthenticationError):
                 response.headers["www-authenticate"] = challenge(scope["path"])
@@ -177,7 +191,7 @@ class Gate:
                 await response(scope, receive, send)
             return
         if (record := scope.get("trimaran.record")) is not None:
-            record.caller = caller
+            record.caller, record.key_id = identity.caller, identity.key_id
         await self._app(scope, receive, send)
 
 

@@ -130,9 +130,11 @@ class _Connection:
             method=self._record.method,
             route=self._record.route,
             caller=self._record.caller,
+            key_id=self._record.key_id,
             is_stream=True,
             endpoint=self._record.route,
             machine=self._record.machine,
+            deadline_s=self._record.deadline_s,
         )
         try:
             with Admission(self._socket.app.state.limiter, record):

@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 from starlette.types import Receive
 
+from serve.api.deadline import at_deadline
 from serve.api.errors import error_json, message_error_json, show, speaks_anthropic, status_of
 from serve.api.generation import wait_for_disconnect
 from serve.api.middleware import CLIENT_CLOSED
@@ -52,10 +53,11 @@ async def forward(request: Request, path: str, body: bytes = b"", watch: Watch |
     engine = request.app.state.lifecycle.engine
     assert isinstance(engine, PassageEngine)  # noqa: S101 - as create_engine made it
     passage = engine.open()
-    target = f"{path}?{request.url.query}" if request.url.query else path
-    opening = passage.begin(_open(request, target, body, record, settings.load_wait_s, passage))
     is_handed_over = False
     try:
+        passage.end_by(at_deadline(record, passage.fail))
+        target = f"{path}?{request.url.query}" if request.url.query else path
+        opening = passage.begin(_open(request, target, body, record, settings.patience_s, passage))
         patience_s = settings.keep_alive_s if record.is_stream else None
         is_here, answer = await _unless_gone(passage, opening, request.receive, patience_s)
         if not is_here:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from serve.engine import cgroup
 from serve.errors import ModelLoadError
@@ -165,3 +166,22 @@ def _meminfo_available() -> int | None:
     except OSError:
         pass
     return None
+
+
+def gpu_memory() -> dict[str, int]:
+    """Bytes of the GPU's memory by use; empty while no GPU is in use.  Asks the driver, which may hang."""
+    torch: Any = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)  # absent in the middle of the import
+    if cuda is None or not cuda.is_initialized():
+        return {}
+    try:
+        free, total = cuda.mem_get_info()
+        return {
+            "allocated": cuda.memory_allocated(),
+            "reserved": cuda.memory_reserved(),
+            "peak": cuda.max_memory_allocated(),
+            "free": free,
+            "total": total,
+        }
+    except RuntimeError:  # a GPU that has failed; the engine says so itself
+        return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import threading
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from postgres import Postgres, running_postgres
 from support import Served, chat, eventually, running, serving
 
+from serve.keys import ApiKey, Scope, digest_of, write_keys
 from serve.records.writer import RecordWriter
 from trimaran.cli import main
 
@@ -23,8 +25,8 @@ COMPLETIONS = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    with running_postgres(tmp_path_factory.mktemp("postgres")) as found:
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as found:
         yield found
 
 
@@ -139,6 +141,42 @@ def test_usage_command_prints_what_postgresql_holds(postgres: Postgres) -> None:
     line = next(line.split() for line in done.output.splitlines() if line.startswith("anonymous "))
     assert line[1].replace(",", "") == count
     assert "█" in done.output
+
+
+def test_usage_is_for_admins_over_http(tmp_path: Path) -> None:
+    admin, user = "from-the-environment", "user"
+    file, scopes = tmp_path / "keys.json", frozenset({Scope.INFERENCE})
+    write_keys(file, [ApiKey(digest=digest_of(user.encode()), name="app", scopes=scopes)])
+    with (
+        serving(records_url=f"sqlite:///{tmp_path}/usage.db", api_keys=admin, api_keys_file=file) as served,
+        httpx.Client(base_url=served.url, headers={"x-api-key": admin}) as client,
+    ):
+        for _ in range(3):
+            client.post(COMPLETIONS, json=chat("ab"), headers={"x-api-key": user})
+        eventually(lambda: writer(served).num_written == 3)
+        (sums,) = client.get("/usage", params={"days": 2}).json()["usage"]
+        statuses = [
+            client.get("/usage", headers={"x-api-key": user}).status_code,
+            client.get("/usage", headers={"x-api-key": "wrong"}).status_code,
+            client.get("/usage", params={"days": 0}).status_code,
+        ]
+        environment = {"TRIMARAN_API_KEY": admin, "SERVE_RECORDS_URL": served.url}
+        shown = CliRunner().invoke(main, ["usage", "--json"], env=environment)
+        refused = CliRunner().invoke(main, ["usage"], env=environment | {"TRIMARAN_API_KEY": user})
+        operation = client.get("/openapi.json").json()["paths"]["/usage"]["get"]
+
+    assert (sums["caller"], sums["requests"], sums["prompt_tokens"], sums["completion_tokens"]) == ("app", 3, 6, 9)
+    assert (sums["route"], sums["model"]) == (COMPLETIONS, "echo")
+    assert statuses == [403, 401, 400]
+    assert {"HTTPBearer": ["admin"]} in operation["security"]
+    assert json.loads(shown.output)["completion_tokens"] == 9
+    assert (refused.exit_code, "the scope admin" in refused.output) == (1, True)
+
+
+def test_usage_is_not_there_without_a_database(echo: Served) -> None:
+    assert httpx.get(echo.url + "/usage").status_code == 404
+    done = CliRunner().invoke(main, ["usage", "--url", echo.url])
+    assert (done.exit_code, "start it with SERVE_RECORDS_URL" in done.output) == (1, True)
 
 
 def test_usage_command_says_why_there_is_nothing(postgres: Postgres, tmp_path: Path) -> None:

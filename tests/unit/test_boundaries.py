@@ -61,6 +61,10 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/records": TORCH | WEB | {"serve.api", "serve.engine", "serve.lifecycle", "serve.settings"},
     "serve/records/row.py": DATABASE,
     "serve/records/writer.py": DATABASE,
+    "serve/api/usage.py": DATABASE,
+    "serve/keys.py": TORCH | WEB | {"serve.api", "serve.settings", "asyncio", "jwt", "httpx2"},
+    "serve/oidc.py": TORCH | WEB | {"serve.api", "serve.settings"},
+    "serve/traces.py": TORCH | WEB | {"serve.api", "serve.settings", "threading"},
     "serve/machine_time.py": {"serve", "asyncio", "threading"},
     "serve/watchdog.py": TORCH | WEB | {"serve.api"},
     "serve/lifecycle.py": TORCH | WEB | {"serve.api"},
@@ -73,7 +77,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "trimaran/emulate/runpod": {"runpod", "modal"},
 }
 # Imported at module level they would cost every start seconds; inside a function they are the point.
-LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub"} | DATABASE
+LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub", "jwt", "opentelemetry"} | DATABASE
 LAZY_EXEMPT = {
     "serve/engine/alone.py",
     "serve/engine/attention.py",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 
 from serve.observe import JsonFormatter, RequestRecord, configure_logging
@@ -22,6 +23,15 @@ def test_record_counts_tokens_and_times():
 def test_record_without_tokens_says_nothing_of_them():
     fields = RequestRecord(request_id="r", method="GET", route="/x").as_fields()
     assert not {"completion_tokens", "ttft_ms", "itl_ms_mean", "prompt_tokens", "finish_reason"} & set(fields)
+
+
+def test_server_timing_tells_what_is_known():
+    record = RequestRecord(request_id="r", method="POST", route="/x")
+    assert re.fullmatch(r"total;dur=[\d.]+", record.server_timing())
+    record.queue_s = 0.0
+    record.saw_tokens(1)
+    number = r";dur=[\d.]+"
+    assert re.fullmatch(f"queue;dur=0.0, prefill{number}, decode{number}, total{number}", record.server_timing())
 
 
 def test_json_line_is_one_object_whatever_is_in_it():

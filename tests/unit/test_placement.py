@@ -101,7 +101,12 @@ def pins(file: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("packages", "roots"),
-    [(placement.LORA_PACKAGES, {"peft"}), (placement.RECORDS_PACKAGES, {"aiosqlite", "alembic", "asyncpg"})],
+    [
+        (placement.LORA_PACKAGES, {"peft"}),
+        (placement.RECORDS_PACKAGES, {"aiosqlite", "alembic", "asyncpg"}),
+        (placement.OIDC_PACKAGES, {"PyJWT", "cryptography"}),
+        (placement.TRACES_PACKAGES, {"opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk"}),
+    ],
 )
 def test_packages_beyond_the_lock_are_complete_and_pinned(packages, roots):
     from packaging.requirements import Requirement

@@ -18,7 +18,7 @@ from serve.observe import RequestRecord
 from serve.records.address import database_address
 from serve.records.row import UsageRow, usage_row
 from serve.records.writer import RecordWriter
-from trimaran.usage import bar, chart_text, table_text
+from trimaran.usage import bar, chart_text, merged, table_text
 
 
 def record(**fields: Any) -> RequestRecord:
@@ -172,8 +172,24 @@ def test_usage_table_has_a_line_for_each_group_and_one_for_all():
     lines = table_text("caller", [{"caller": "ci", **sums}, {"caller": "app", **sums, "cost_usd": None}]).splitlines()
     assert lines[1].split() == ["ci", "1,200", "2", "10", "0", "7", "12", "1.5", "0.2500"]
     assert lines[2].split()[-1] == "1.5"
-    assert lines[3].split() == ["total", "2,400", "4", "20", "0", "14", "3.0", "0.2500"]
+    assert lines[3].split() == ["total", "2,400", "4", "20", "0", "14", "12", "3.0", "0.2500"]
     assert len({len(line) for line in (lines[0], lines[1], lines[3])}) == 1
+
+
+def test_usage_of_a_server_is_summed_by_fewer_columns():
+    sums: dict[str, Any] = {
+        "requests": 1, "failed": 0, "prompt_tokens": 2, "cached_tokens": 0, "completion_tokens": 3, "ttft_ms": None,
+        "machine_ms": 1.0, "cost_usd": None,
+    }  # fmt: skip
+    found = [
+        {"caller": "b", "day": date(2030, 1, 1), **sums},
+        {"caller": "a", "day": date(2030, 1, 1), **sums},
+        {"caller": "b", "day": date(2030, 1, 2), **sums, "requests": 3, "ttft_ms": 8.0},
+    ]
+    first, second = merged(found, ("caller",))
+    assert (first["caller"], first["requests"], first["ttft_ms"], first["cost_usd"]) == ("a", 1, None, None)
+    assert (second["caller"], second["requests"], second["ttft_ms"], second["machine_ms"]) == ("b", 4, 8.0, 2.0)
+    assert len(merged(found, ("caller", "day"))) == 3
 
 
 def test_usage_chart_shows_each_day_of_each_key():

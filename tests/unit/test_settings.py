@@ -64,6 +64,8 @@ def test_public_address_needs_keys_or_a_word(monkeypatch):
         load_settings(model="m", host="0.0.0.0")  # noqa: S104
     assert load_settings(model="m", host="0.0.0.0", allow_anonymous=True).allow_anonymous  # noqa: S104
     assert load_settings(model="m", host="0.0.0.0", api_keys="k").api_keys  # noqa: S104
+    assert load_settings(model="m", host="0.0.0.0", api_keys_file="keys.json").knows_callers  # noqa: S104
+    assert load_settings(model="m", host="0.0.0.0", oidc_issuer="https://issuer").knows_callers  # noqa: S104
 
 
 @pytest.mark.parametrize(

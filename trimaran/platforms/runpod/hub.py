@@ -15,7 +15,8 @@ from trimaran.platforms.runpod.endpoint import DEFAULTS, TORCH_CUDA
 
 FOLDER = ".runpod"
 LEFT_OUT = frozenset(
-    {"host", "port", "api_keys", "allow_anonymous", "cors_origins", "model_folders", "log_format"}
+    {"host", "port", "api_keys", "api_keys_file", "allow_anonymous", "cors_origins", "model_folders", "log_format"}
+    | {"oidc_issuer", "oidc_audience", "oidc_algorithms", "oidc_leeway_s"}
     | {"engine", "remote_url", "remote_api_key", "remote_timeout_s"}
 )
 """Settings that mean nothing to a queue worker with a model: no port is opened, RunPod checks the key."""
