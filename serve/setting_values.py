@@ -143,3 +143,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def no_address(value: Any) -> Any:
+    """A port as it was given, unless Kubernetes put a Service's address into its variable."""
+    if isinstance(value, str) and value.startswith("tcp://"):
+        raise ValueError(
+            "this is Kubernetes' address of a Service named 'serve', not a port; "
+            "rename the Service or set enableServiceLinks: false"
+        )
+    return value
+
+
+def only_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Origins of web pages, if that is what they all are."""
+    for origin in value:
+        if not is_origin(origin):
+            raise ValueError(f"{origin!r} is no origin: write scheme and host only, such as https://app.example")
+    return value

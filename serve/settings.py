@@ -12,7 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serve.engine.base import EngineConfig
@@ -29,8 +38,9 @@ from serve.setting_values import (
     cache_if_any,
     holds_model,
     is_loopback,
-    is_origin,
     name_of,
+    no_address,
+    only_origins,
     written,
     wrong_values,
 )
@@ -98,19 +108,15 @@ class Settings(BaseSettings):
     remote_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds that the remote may stay silent.")
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback, keys are needed.")
-    port: int = Field(
+    port: Annotated[int, BeforeValidator(no_address)] = Field(
         8000,
         ge=0,
         le=65535,
         description="Port to bind; PORT is honoured too.",
         validation_alias=AliasChoices("SERVE_PORT", "PORT"),
     )
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Accepted keys, separated by commas: each itself, or sha256: and its hash."
-    )
-    api_keys_file: Path | None = Field(
-        None, description="File of keys, from `trimaran keys new`; read again whenever it changes."
-    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="Accepted keys, or sha256: hashes.")
+    api_keys_file: Path | None = Field(None, description="File of `trimaran keys`; read again whenever it changes.")
     oidc_issuer: str = Field(
         "", description="OpenID Connect issuer whose JWTs are accepted too: https://... Needs the extra oidc."
     )
@@ -119,7 +125,7 @@ class Settings(BaseSettings):
         ("RS256", "ES256"), description="Signatures of JWTs that count, separated by commas."
     )
     oidc_leeway_s: float = Field(30.0, ge=0, le=600, description="Seconds by which the issuer's clock may differ.")
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, AfterValidator(only_origins)] = Field(
         (), description="Web pages that may read answers: origins such as https://app.example, by commas, or *."
     )
     allow_anonymous: bool = Field(False, description="Answer requests without a key on a public address.")
@@ -157,9 +163,7 @@ class Settings(BaseSettings):
         "extra records. Default: only the log has them.",
     )
     records_buffer: int = Field(10_000, ge=1, le=10**7, description="Records that wait while the database is away.")
-    usd_per_hour: float | None = Field(
-        None, gt=0, le=10_000, description="Price of this machine, for the estimated cost of each request."
-    )
+    usd_per_hour: float | None = Field(None, gt=0, le=10_000, description="Price of this machine, for estimated costs.")
     traces_url: str = Field("", description="OpenTelemetry collector, http://HOST:4318/v1/traces. Needs extra traces.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="auto, text or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
@@ -186,24 +190,6 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(item for part in value.split(",") if (item := part.strip()))
-        return value
-
-    @field_validator("port", mode="before")
-    @classmethod
-    def _explain_kubernetes(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("tcp://"):
-            raise ValueError(
-                "this is Kubernetes' address of a Service named 'serve', not a port; "
-                "rename the Service or set enableServiceLinks: false"
-            )
-        return value
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if not is_origin(origin):
-                raise ValueError(f"{origin!r} is no origin: write scheme and host only, such as https://app.example")
         return value
 
     @model_validator(mode="after")
