@@ -82,7 +82,21 @@ class EchoRunner:
         if sequence.grammar is None or sequence.grammar.is_finished:
             return wanted
         allowed = int.from_bytes(sequence.grammar.allowed(), "little")
-        return next(token_id for token_id in (wanted, *_BY_URGE_TO_END) if allowed >> token_id & 1)
+        first = (wanted, *b'"') if _is_inside_string(sequence.output_token_ids) else (wanted,)
+        return next(token_id for token_id in (*first, *_BY_URGE_TO_END) if allowed >> token_id & 1)
+
+
+def _is_inside_string(token_ids: Seq[int]) -> bool:
+    """Whether JSON so far has an open string, which any other byte but its quote would go on with for ever."""
+    is_inside = is_escaped = False
+    for token_id in token_ids:
+        if is_escaped:
+            is_escaped = False
+        elif token_id == ord("\\"):
+            is_escaped = is_inside
+        elif token_id == ord('"'):
+            is_inside = not is_inside
+    return is_inside
 
 
 def _certain(token_id: int, num_top: int) -> TokenLogprob:

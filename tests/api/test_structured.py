@@ -290,4 +290,6 @@ def test_hostile_schemas_cost_nobody_else_anything(real: Served) -> None:
 def test_echo_keeps_to_a_schema_too() -> None:
     with serving() as served:
         assert check(ask(served, response_format=json_schema(PERSON)), PERSON)
+        endless = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+        assert check(ask(served, response_format=json_schema(endless)), endless)
         assert ask(served, guided_choice=["Invent"])["message"]["content"] == "Invent"
