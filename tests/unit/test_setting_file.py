@@ -180,3 +180,15 @@ def test_schema_knows_what_the_server_knows():
 def test_schema_file_is_current():
     page = ROOT / "docs/reference/trimaran.schema.json"
     assert page.read_text(encoding="utf-8") == schema_text(), "run scripts/reference"
+
+
+def test_emulator_of_modal_is_told_what_the_file_says(tmp_path, monkeypatch):
+    from trimaran.emulate.modal.session import prepare_environment
+
+    write(tmp_path / "model", model_files())
+    FILE.write_text('[model]\nmodel = "./model"\n[serve]\nmax_queue = 3\n[modal]\ngpu = "L4"\n')
+    monkeypatch.setenv("SERVE_MAX_QUEUE", "4")
+    environment, _ = prepare_environment(None)
+    assert environment["SERVE_MODEL"] == str(tmp_path / "model")
+    assert (environment["SERVE_MODAL_GPU"], environment["SERVE_MAX_QUEUE"]) == ("L4", "4")
+    assert prepare_environment(str(tmp_path))[0]["SERVE_MODEL"] == str(tmp_path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import click
 
-from serve.setting_file import FileSource, as_variables, platform_section
+from serve.setting_file import FileSource, as_variables, platform_section, read_sections
 from serve.settings import PREFIX, Settings
 from trimaran.config.schema import file_options
 
@@ -45,6 +46,18 @@ def _as_given(option: click.Option, value: Any) -> Any:
     return [value] if is_single else value
 
 
+def emulated_variables() -> dict[str, str]:
+    """The file's settings and Modal's section as variables, for a deploy that runs in another folder.
+
+    Raises:
+        ConfigError: something is wrong in the file.
+    """
+    given = FileSource(Settings)()
+    if (folder := Path(str(given.get("model", "")))).is_dir() and given.get("model"):
+        given["model"] = str(folder.absolute())
+    return as_variables(given, PREFIX) | as_variables(read_sections().get("modal", {}), PREFIX + "MODAL_")
+
+
 def deploy_variables() -> dict[str, str]:
     """The file's settings as variables of a container."""
     given = {name: value for name, value in FileSource(Settings)().items() if name not in OF_PROCESS}
@@ -54,3 +67,8 @@ def deploy_variables() -> dict[str, str]:
 def model_in_force() -> str:
     """The model of the environment, else of the file; empty: neither names one."""
     return os.environ.get("SERVE_MODEL", "") or str(FileSource(Settings)().get("model", ""))
+
+
+def engine_in_force() -> str:
+    """The engine of the environment, else of the file; empty: neither names one."""
+    return os.environ.get("SERVE_ENGINE", "") or str(FileSource(Settings)().get("engine", ""))

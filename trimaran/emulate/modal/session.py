@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from serve.errors import ConfigError, ModelLoadError
+from trimaran.config.defaults import emulated_variables
 from trimaran.emulate.modal.container import Container, is_loopback
 from trimaran.emulate.modal.service import Emulator
 from trimaran.emulate.modal.tree import tree
@@ -56,7 +57,7 @@ def prepare_environment(model: str | None) -> tuple[dict[str, str], str]:
         ConfigError: there is no adapter, or the model would have to come from the Hub.
     """
     check_adapter()
-    environment = dict(os.environ)
+    environment = {**emulated_variables(), **os.environ}
     if model is not None:
         environment["SERVE_MODEL"] = model
     if not environment.get("SERVE_MODEL") and environment.get("SERVE_ENGINE") != "echo":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from pathlib import Path
 
@@ -51,7 +50,9 @@ def runpod(
 
 
 def _model(given: str | None) -> str:
-    if given or os.environ.get("SERVE_MODEL") or os.environ.get("SERVE_ENGINE"):
+    from trimaran.config.defaults import engine_in_force, model_in_force  # noqa: PLC0415
+
+    if given or model_in_force() or engine_in_force():
         return given or ""
     from trimaran import demo_model  # noqa: PLC0415
 
