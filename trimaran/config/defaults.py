@@ -42,8 +42,7 @@ def platform_options(platform: str, command: click.Command) -> Json:
 
 
 def _as_given(option: click.Option, value: Any) -> Any:
-    is_single = option.multiple and not isinstance(value, list)
-    return [value] if is_single else value
+    return [value] if option.multiple and isinstance(value, str | int | float) else value
 
 
 def emulated_variables() -> dict[str, str]:
