@@ -46,7 +46,8 @@ def _sections(command: click.Group, name: str) -> Iterator[str]:
         if options := _options(one):
             lines += ["", "| option | default | what it does |", "|---|---|---|", *options]
         if one.epilog:
-            lines += ["", "```bash", one.epilog.removeprefix("Example: "), "```"]
+            example, _, more = one.epilog.partition("\n\n")
+            lines += ["", "```bash", example.removeprefix("Example: "), "```", *(["", more] if more else [])]
         yield "\n".join(lines) + "\n"
 
 
