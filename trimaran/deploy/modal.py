@@ -63,8 +63,10 @@ def _read(name: str | None) -> tuple[str, dict[str, Any]]:
     """The app's name, and what decides its configuration: settings from wherever they come, and Modal's knobs."""
     from serve import load_settings  # noqa: PLC0415
     from serve.knobs import app_name  # noqa: PLC0415
+    from serve.setting_file import as_variables, read_sections  # noqa: PLC0415
 
     settings = load_settings(host="127.0.0.1")
-    name = name or os.environ.get("SERVE_MODAL_NAME") or app_name(settings.served_name)
-    knobs = {key: value for key, value in os.environ.items() if key.startswith(PREFIX) and value}
+    given = {key: value for key, value in os.environ.items() if key.startswith(PREFIX) and value}
+    knobs = {**as_variables(read_sections().get("modal", {}), PREFIX), **given}
+    name = name or knobs.get("SERVE_MODAL_NAME") or app_name(settings.served_name)
     return name, {**settings.model_dump(mode="json"), **knobs, "SERVE_MODAL_NAME": name}
