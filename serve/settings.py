@@ -97,6 +97,7 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(
         None, description="Folder for what later starts use again. Default: trimaran in the user's cache folder."
     )
+    cuda_graphs: bool = Field(True, description="Decode through CUDA graphs where the model allows it.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
 
     remote_url: str = Field(
@@ -269,6 +270,7 @@ class Settings(BaseSettings):
             num_threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             cache_dir=self.cache_dir or cache_if_any(),
+            cuda_graphs=self.cuda_graphs,
         )
 
 

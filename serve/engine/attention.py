@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from serve.engine import flash
 from serve.engine.kv_cache import KVCache
 from serve.engine.patterns import Pattern
 from serve.engine.scheduler import Batch, Chunk
@@ -60,7 +61,7 @@ class StepContext:
     num_decodes: int
     rows: Tensor
     """``[T]``: ``slot * max_len + position`` of each column."""
-    views: dict[Pattern, View]
+    views: dict[Pattern, View | flash.SpanView]
 
 
 def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch.device) -> StepContext:
@@ -73,12 +74,13 @@ def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch
         cache.extend(chunk.sequence.slot, chunk.start, chunk.start + chunk.num_tokens)
         first = chunk.sequence.slot * cache.max_len + chunk.start
         rows += range(first, first + chunk.num_tokens)
-    return StepContext(
-        cache=cache,
-        num_decodes=len(positions),
-        rows=torch.tensor(rows, device=device),
-        views={pattern: _view(pattern, positions, batch.chunks, dtype, device) for pattern in set(cache.patterns)},
-    )
+    views: dict[Pattern, View | flash.SpanView] = {}
+    for pattern in set(cache.patterns):
+        if cache.varlen is not None:
+            views[pattern] = flash.span_view(pattern, batch, cache.max_len, device)
+        else:
+            views[pattern] = _view(pattern, positions, batch.chunks, dtype, device)
+    return StepContext(cache, len(positions), torch.tensor(rows, device=device), views)
 
 
 def _view(
@@ -150,12 +152,24 @@ def slot_attention(
     key_cache.flatten(0, 1).index_copy_(0, step.rows, keys)
     value_cache.flatten(0, 1).index_copy_(0, step.rows, values)
     view = step.views[step.cache.patterns[layer]]
+    if isinstance(view, flash.SpanView):
+        return _attend_spans(query[0].transpose(0, 1), key_cache, value_cache, step, view, scaling), None
     extras = _Extras(scaling, softcap, s_aux)
     parts = [_attend_chunk(query, key_cache, value_cache, chunk, extras) for chunk in view.chunks]
     if step.num_decodes:
         parts.insert(0, _attend_decodes(query, key_cache, value_cache, step.num_decodes, view, extras))
     row = parts[0] if len(parts) == 1 else torch.cat(parts)
     return row.unsqueeze(0), None
+
+
+def _attend_spans(
+    query: Tensor, keys: Tensor, values: Tensor, step: StepContext, view: flash.SpanView, scaling: float | None
+) -> Tensor:
+    """Decodes in one call and chunks in another, since the kernel is faster where each sequence has one query."""
+    count, varlen = step.num_decodes, step.cache.varlen
+    split = ((view.decodes, query[:count]), (view.chunks, query[count:]))
+    parts = [flash.attend(varlen, part, keys, values, spans, scaling) for spans, part in split if varlen and spans]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class EngineConfig:
     num_threads: int | None = None
     trust_remote_code: bool = False
     cache_dir: Path | None = None
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 T = TypeVar("T")
 
@@ -90,18 +91,49 @@ def choose_device(requested: str) -> Choice[torch.device]:
         return Choice(torch.device("cpu"), "SERVE_DEVICE=cpu")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
+        capability, built_for = torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()
+        if not is_built_for(capability, built_for):
+            raise ModelLoadError(
+                f"the {name} has compute capability {capability[0]}.{capability[1]}, but this torch is built for "
+                f"{', '.join(built_for)}; take another GPU or another build of torch, or set SERVE_DEVICE=cpu"
+            )
         return Choice(torch.device("cuda", 0), f"{name} found")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} and requested == "auto":
         return Choice(torch.device("cpu"), "CUDA_VISIBLE_DEVICES hides the GPUs")
     if torch.version.cuda is not None and NVIDIA_DRIVER.exists():
         raise ModelLoadError(
-            f"there is an NVIDIA driver, but this torch (CUDA {torch.version.cuda}) cannot use it: it is probably too "
-            "old; take a newer host or a torch built for an older CUDA, or set SERVE_DEVICE=cpu"
+            f"there is an NVIDIA driver{_driver_version()}, but this torch (CUDA {torch.version.cuda}) cannot use it: "
+            "it is probably too old; take a newer host or a torch built for an older CUDA, or set SERVE_DEVICE=cpu"
         )
     missing = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
     if requested == "cuda":
         raise ModelLoadError(f"SERVE_DEVICE=cuda, but {missing}; use SERVE_DEVICE=auto to run on the CPU")
     return Choice(torch.device("cpu"), missing)
+
+
+def is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether kernels for ``sm_`` of the same generation are there, or ``compute_`` code that the driver translates.
+
+    Args:
+        capability: The GPU's.
+        built_for: As :func:`torch.cuda.get_arch_list` names it; empty says nothing.
+    """
+    own = capability[0] * 10 + capability[1]
+    for name in built_for:
+        kind, _, digits = name.partition("_")
+        number = int("".join(filter(str.isdigit, digits)) or 0)
+        if number <= own and (kind == "compute" or number // 10 == capability[0]):
+            return True
+    return not built_for
+
+
+def _driver_version() -> str:
+    """As `` 535.104.05``; empty when it cannot be read."""
+    try:
+        words = DRIVER_VERSION.read_text(encoding="utf-8").splitlines()[0].split()
+    except (OSError, IndexError):
+        return ""
+    return next((f" {word}" for word in words if word[:1].isdigit() and "." in word), "")
 
 
 def choose_dtype(requested: str, device: torch.device, checkpoint: str | None) -> Choice[torch.dtype]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import attention, packed
+from serve.engine import attention, flash, packed
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Scheduler
 from serve.engine.survey import NotBatchable, attention_of, explained, probe_tokens, survey
@@ -44,6 +44,8 @@ def examine(model: Any, kept: VerdictFile) -> KVCache:
     """
     seen = survey(model)
     verdict = kept.read()
+    if verdict is None or verdict.reason is None:
+        seen.varlen = flash.choose(seen, model.dtype, model.device)
     source = "compared at an earlier start" if verdict else "compared now"
     if verdict is None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -27,6 +27,9 @@ class KVCache:
         dtype: Of the model's keys and values.
         device: Where the model runs.
         patterns: What each layer sees, in the order of the layers.
+
+    ``has_extras`` tells whether some layer's scores need softcaps or sinks, ``varlen`` the kernel of
+    :mod:`serve.engine.flash` that attends over this cache, if one does.
     """
 
     def __init__(
@@ -40,10 +43,14 @@ class KVCache:
         self.num_slots = num_slots
         self.max_len = max_len
         self.patterns = patterns
+        self.has_extras = False
+        self.varlen: Callable[..., torch.Tensor] | None = None
         self._num_written = [0] * num_slots
         self._dtype = dtype
         self._device = device
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._spare: dict[torch.Size, torch.Tensor] = {}
+        """What is moved aside while two slots change places: a step must not ask for memory half-way."""
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache of one layer; ``key`` and ``value`` end in ``[..., num_kv_heads, head_dim]``."""
@@ -54,12 +61,19 @@ class KVCache:
         return found
 
     def _make(self, shape: torch.Size) -> torch.Tensor:
+        if shape not in self._spare:
+            self._spare[shape] = _zeros((self.max_len, *shape), self._dtype, self._device)
         return _zeros((self.num_slots, self.max_len, *shape), self._dtype, self._device)
 
     @property
     def num_layers(self) -> int:
         """Layers seen so far."""
         return len(self._layers)
+
+    @property
+    def shapes(self) -> frozenset[tuple[tuple[int, int], tuple[int, int]]]:
+        """``(num_kv_heads, head_dim)`` of keys and of values, as the layers have them."""
+        return frozenset((_heads(key), _heads(value)) for key, value in self._layers.values())
 
     @property
     def bytes_per_token(self) -> int:
@@ -70,6 +84,7 @@ class KVCache:
     def resized(self, num_slots: int, max_len: int) -> KVCache:
         """A cache of the same layers, all allocated."""
         made = KVCache(num_slots, max_len, self._dtype, self._device, self.patterns)
+        made.has_extras, made.varlen = self.has_extras, self.varlen
         for index, (key, value) in self._layers.items():
             made.layer(index, key, value)
         return made
@@ -90,7 +105,7 @@ class KVCache:
         length = max(written[a], written[b])
         for pair in self._layers.values():
             for tensor in pair:
-                kept = tensor[b, :length].clone()
+                kept = self._spare[tensor.shape[2:]][:length].copy_(tensor[b, :length])
                 tensor[b, :length] = tensor[a, :length]
                 tensor[a, :length] = kept
         written[a], written[b] = written[b], written[a]
@@ -102,6 +117,10 @@ class KVCache:
                 for tensor in pair:
                     tensor[slot, start : self._num_written[slot]] = 0
         self._num_written[slot] = end
+
+
+def _heads(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.shape[-2], tensor.shape[-1]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

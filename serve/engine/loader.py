@@ -10,12 +10,16 @@ from typing import Any, cast
 
 import torch
 
-from serve import checkpoint
+from serve import checkpoint, weight_files
 from serve.engine.base import EngineConfig, ModelFiles
-from serve.engine.device import choose_dtype, without_cuda
+from serve.engine.device import available_memory, choose_dtype, without_cuda
 from serve.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
+
+GIB = 2**30
+HEADROOM = 1.3
+"""Beside the weights a device holds the KV cache and what a step computes."""
 
 
 def import_transformers() -> None:
@@ -52,14 +56,19 @@ def load_model(
     checkpoint.check_architecture(raw, config.trust_remote_code)
     checkpoint.check_quantization(raw, device.type)
     try:
-        model = _cast(prepared, dtype) if prepared is not None else None
+        own = checkpoint.stored_dtype(raw)
+        if prepared is None and device.type != "cpu" and own and not checkpoint.is_quantized(raw):
+            # Views of the mapped files: the device reads them and changes their format, and main memory holds no copy.
+            prepared = _read_model(files, getattr(torch, own), config)
+        model = _cast(prepared, dtype, device) if prepared is not None else None
         if model is None:
+            prepared = None
             model = _read_model(files, dtype, config)
         return model.to(device).eval()
     except ModelLoadError:
         raise
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError(f"the weights do not fit on {device}: {_first_line(error)}") from error
+        raise ModelLoadError(_too_large(files, raw, dtype, device)) from error
     except Exception as error:
         raise ModelLoadError(f"transformers cannot load {files.folder.name}: {_first_line(error)}") from error
 
@@ -112,8 +121,28 @@ def _read_model(files: ModelFiles, dtype: torch.dtype, config: EngineConfig) -> 
     return model
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
+def _too_large(files: ModelFiles, raw: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+    """What the weights need, what is there, and what would do."""
+    names = [path.name for path in files.folder.iterdir()]
+    needed = sum(
+        (files.folder / name).stat().st_size
+        for name in weight_files.weight_names(files.folder, raw, names, files.folder.name)
+    )
+    own = checkpoint.stored_dtype(raw)
+    if own and not checkpoint.is_quantized(raw):
+        needed = needed * dtype.itemsize // getattr(torch, own).itemsize
+    free, enough = available_memory(device), needed * HEADROOM
+    return (
+        f"the weights do not fit on {device}: they take {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
+        f"and {free / GIB:.1f} GiB are free now; take a device with {enough / GIB:.1f} GiB or more, or a smaller or "
+        "quantised model"
+    )
+
+
+def _cast(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """``model`` in ``dtype``, as if it had been read so; None when only reading it again gives that.
+
+    What changes its format does so on ``device``, tensor by tensor.
 
     What is not in the checkpoint, such as RoPE's frequencies, keeps its format.
     """
@@ -126,7 +155,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
     saved = set(model.state_dict())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in saved and tensor.dtype == own:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(device).to(dtype)
     model.config.dtype = dtype
     return model
 

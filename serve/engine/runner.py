@@ -27,6 +27,7 @@ from serve.types import GenerationRequest, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from serve.engine.alone import AloneForward
+    from serve.engine.graphs import DecodeGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class TransformersRunner:
         self._prepared: Any = None
         self.alone_reason: str | None = None
         self._alone: AloneForward | None = None
+        self._graphs: DecodeGraphs | None = None
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """Import torch and bring the weights into main memory, for a memory snapshot.
@@ -109,6 +111,11 @@ class TransformersRunner:
         self.reseed()
         with phase("warm_up"):
             self._warm_up()
+        if self._device.value.type == "cuda" and self._alone is None and self._config.cuda_graphs:
+            from serve.engine import graphs  # noqa: PLC0415
+
+            with phase("cuda_graphs"), torch.inference_mode():
+                self._graphs = graphs.record_all(self._model, self._cache)
 
     def reseed(self) -> None:
         """Draw from now on as no other process does."""
@@ -138,7 +145,9 @@ class TransformersRunner:
         from serve.engine.verdicts import VerdictFile  # noqa: PLC0415
 
         folders = [files.folder] if files.adapter is None else [files.folder, files.adapter]
-        facts = [torch.__version__, version("transformers"), str(self._dtype.value), self._device.value.type]
+        place = self._device.value.type
+        place = torch.cuda.get_device_name(self._device.value) if place == "cuda" else place
+        facts = [torch.__version__, version("transformers"), str(self._dtype.value), place]
         try:
             seen = gate.examine(self._model, VerdictFile(self._config.cache_dir, folders, facts))
         except NotBatchable as reason:
@@ -241,6 +250,8 @@ class TransformersRunner:
         """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens."""
         if self._alone:
             return self._alone.logits(batch)
+        if self._graphs is not None and not batch.chunks:
+            return self._graphs.logits(batch)
         from serve.engine.packed import forward  # noqa: PLC0415
 
         return forward(self._model, batch, self._cache)

@@ -22,6 +22,9 @@ SURVEY = "trimaran-survey"
 HANDLED = frozenset({"scaling", "sliding_window", "softcap", "s_aux"})
 """Options of attention that change its result, and that the engine carries out."""
 
+EXTRAS = frozenset({"softcap", "s_aux"})
+"""Those of them that fused kernels do not know."""
+
 NEUTRAL = frozenset(
     {
         "cache", "cache_params", "cache_position", "dropout", "logits_to_keep", "output_attentions",
@@ -85,6 +88,7 @@ class _Survey:
             raise NotBatchable(f"its attention has the shape {tuple(query.shape)} over {tuple(key.shape)}")
         if isinstance(size := options.get("sliding_window"), int):
             self._sizes.add(size)
+        self.cache.has_extras |= not EXTRAS.isdisjoint(given)
         found = None if attention_mask is None else self._masks.get(_storage(attention_mask))
         if found is None:
             raise NotBatchable("it makes its attention mask itself")

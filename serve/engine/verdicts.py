@@ -17,7 +17,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("attention", "gate", "kv_cache", "packed", "patterns", "scheduler", "survey")
+_SOURCES = ("attention", "flash", "gate", "kv_cache", "packed", "patterns", "scheduler", "survey")
 """Modules of the engine whose change makes a comparison void."""
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import load, tiny_llama
 
-from serve.engine import device
+from serve.engine import device, loader
+from serve.engine.base import EngineConfig, ModelFiles
 from serve.errors import ModelLoadError
 
 
@@ -40,11 +41,71 @@ def test_gpu_that_this_torch_cannot_use_is_never_replaced_by_the_cpu_in_silence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)  # exists
-    with pytest.raises(ModelLoadError, match=r"CUDA 13.0.*SERVE_DEVICE=cpu"):
+    monkeypatch.setattr(device, "DRIVER_VERSION", tmp_path / "version")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 2021\nGCC\n"
+    )
+    with pytest.raises(ModelLoadError, match=r"driver 470.57.02, .*CUDA 13.0.*SERVE_DEVICE=cpu"):
         device.choose_device("auto")
     assert device.choose_device("cpu").value.type == "cpu"
     monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path / "none")
     assert device.choose_device("auto").value.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "is_usable"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((7, 0), ["sm_75", "sm_80", "compute_120"], False),
+        ((12, 1), ["sm_80", "sm_120"], True),
+        ((13, 0), ["sm_90", "compute_120"], True),
+        ((10, 0), ["sm_90a", "sm_120"], False),
+        ((10, 3), ["sm_90a", "sm_100f"], True),
+        ((6, 1), [], True),
+    ],
+)
+def test_gpu_needs_kernels_of_its_generation(capability, built_for, is_usable, monkeypatch):
+    assert device.is_built_for(capability, built_for) is is_usable
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if is_usable:
+        assert device.choose_device("auto").value == torch.device("cuda", 0)
+    else:
+        with pytest.raises(ModelLoadError, match=f"Some GPU has compute capability {capability[0]}.{capability[1]}"):
+            device.choose_device("auto")
+
+
+def test_weights_that_do_not_fit_say_how_much_they_need(tmp_path, monkeypatch):
+    folder = tiny_llama(tmp_path, vocab_size=1200, hidden_size=256)
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loader, "_read_model", exhausted)
+    monkeypatch.setattr(loader, "GIB", 2**20)  # the file is small
+    size = (folder / "model.safetensors").stat().st_size / 2**20
+    with pytest.raises(ModelLoadError, match=f"take {size / 2:.1f} GiB in bfloat16.* with {size * 0.65:.1f} GiB"):
+        load(folder, dtype="bfloat16")
+
+
+def test_device_changes_the_format_of_mapped_weights(tmp_path):
+    """What a GPU start does, on the CPU: read in the checkpoint's format, changed tensor by tensor."""
+    folder = tiny_llama(tmp_path)
+    files = ModelFiles(folder=folder, decode=str, eos_token_ids=frozenset(), max_model_len=64)
+    config = EngineConfig(device="cpu")
+    expected = loader._read_model(files, torch.bfloat16, config).state_dict()
+    got = loader._cast(loader._read_model(files, torch.float32, config), torch.bfloat16, torch.device("cpu"))
+    assert got.dtype is torch.bfloat16
+    assert got.config.dtype is torch.bfloat16
+    assert expected.keys() == got.state_dict().keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in got.state_dict().items())
+    assert all(
+        a.dtype == b.dtype
+        for a, b in zip(got.buffers(), loader._read_model(files, torch.bfloat16, config).buffers(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
