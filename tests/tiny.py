@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -96,8 +97,9 @@ class Ready:
 def load(folder: Path, *, chunk: int = 512, slots: int = 4, dtype: str = "float32", **config: Any) -> Loaded:
     """The model in ``folder`` behind a runner on the CPU."""
     raw = read_config(folder)
+    device = os.environ.get("TRIMARAN_TEST_DEVICE", "cpu")  # bench/gpu.py runs these tests on a card
     engine_config = EngineConfig(
-        device="cpu", dtype=dtype, max_batch_size=slots, prefill_chunk_tokens=chunk, max_queue=64, **config
+        device=device, dtype=dtype, max_batch_size=slots, prefill_chunk_tokens=chunk, max_queue=64, **config
     )
     tokenizer = HubTokenizer(folder) if (folder / "tokenizer.json").exists() else None
     files = ModelFiles(
