@@ -20,6 +20,8 @@ class ColdStart:
     def __init__(self) -> None:
         self.phases: dict[str, float] = {"process_start": process_age_s()}
         self.current: str | None = None
+        self.weights: tuple[str, int] | None = None
+        """Where the weights were found (``local``, ``cache`` or ``hub``), and how many bytes they are."""
         self._began = time.perf_counter()
 
     @contextmanager
@@ -33,6 +35,10 @@ class ColdStart:
             self.phases[name] = round(seconds, 4)
             self.current = None
             logger.info("Phase %s: %.2f s", name, seconds, extra={"phase": name, "seconds": round(seconds, 4)})
+
+    def age_s(self) -> float:
+        """Seconds since the process was born, or came out of the snapshot."""
+        return time.perf_counter() - self._began + self.phases["process_start"]
 
     def restored(self) -> None:
         """The process comes out of a snapshot: count anew, and keep what was done before it as ``prepare_*``."""

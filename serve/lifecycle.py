@@ -69,8 +69,8 @@ class Lifecycle:
         self.is_drained = False
         self._is_closed = False
         self._settings = settings
-        self._cold_start = ColdStart()
-        self._loader = ModelLoader(origin, engine, embeddings, self._cold_start)
+        self.cold_start = ColdStart()
+        self._loader = ModelLoader(origin, engine, embeddings, self.cold_start)
         self._reader = PromptReader()
         self._files: ModelFiles | None = None
         self._is_loaded = False
@@ -101,12 +101,12 @@ class Lifecycle:
     @property
     def phases(self) -> Mapping[str, float]:
         """Seconds of each part of the cold start so far."""
-        return self._cold_start.phases
+        return self.cold_start.phases
 
     @property
     def current_phase(self) -> str | None:
         """What the loading is busy with."""
-        return self._cold_start.current
+        return self.cold_start.current
 
     # Around a memory snapshot: both block, in one thread, before any event loop runs.
 
@@ -138,7 +138,7 @@ class Lifecycle:
         if self._files is not None:
             if settings.loaded_from != self._settings.loaded_from:
                 raise ConfigError("the settings name another model or engine than the snapshot holds; deploy again")
-            self._cold_start.restored()
+            self.cold_start.restored()
             self.started_at = time.time()
             random.seed()
         self._settings = settings
@@ -169,7 +169,7 @@ class Lifecycle:
     def _loaded(self) -> None:
         if self._is_closed:  # too late: nobody would stop an engine that starts now
             return
-        total = self._cold_start.end()
+        total = self.cold_start.end()
         self.engine.start(self.fail)
         if self.state is State.LOADING:
             self.state = State.READY

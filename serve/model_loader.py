@@ -34,7 +34,10 @@ class ModelLoader:
             tokenizer = self._origin.load_tokenizer()
         announce(tokenizer)
         with self._cold_start.phase("fetch"):
-            return self._origin.fetch(tokenizer)
+            files = self._origin.fetch(tokenizer)
+        if files.num_bytes:
+            self._cold_start.weights = (files.origin, files.num_bytes)
+        return files
 
     def prepare(self, files: ModelFiles) -> None:
         """What a memory snapshot may hold of the engine."""

@@ -87,6 +87,8 @@ class CheckpointOrigin:
             eos_token_ids=tokenizer.chat.eos_token_ids,
             max_model_len=tokenizer.max_model_len,
             adapter=source.adapter,
+            origin=source.origin,
+            num_bytes=source.num_bytes,
         )
 
 

@@ -20,6 +20,7 @@ from trimaran.emulate.commands import emulate
 from trimaran.keys import keys
 from trimaran.operate.commands import history, logs, rollback, status
 from trimaran.plan.command import plan
+from trimaran.trace.command import trace
 from trimaran.usage import usage
 from trimaran.verify.command import verify
 
@@ -139,7 +140,7 @@ main.add_command(doctor)
 main.add_command(keys)
 main.add_command(usage)
 main.add_command(verify)
-for command in (history, logs, rollback, status):
+for command in (history, logs, rollback, status, trace):
     main.add_command(command)
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from serve.api.auth import DOCUMENTED_SCHEMES
-from serve.api.schemas.common import Batching, ErrorResponse, Health, Version
+from serve.api.schemas.common import Batching, ErrorResponse, Health, Version, WeightsRead
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.settings import Settings
@@ -61,12 +61,15 @@ async def get_version(request: Request) -> Version:
     """Version, model, and the seconds that each phase of the cold start took."""
     lifecycle: Lifecycle = request.app.state.lifecycle
     settings: Settings = request.app.state.settings
+    found = lifecycle.cold_start.weights
     return Version(
         version=package_version(),
         model=settings.served_name,
         engine=settings.engine.value,
         status=lifecycle.state.value,
         phases=dict(lifecycle.phases),
+        uptime_s=round(lifecycle.cold_start.age_s(), 3),
+        weights=WeightsRead(source=found[0], bytes=found[1]) if found else None,
         batching=batching(lifecycle),
     )
 

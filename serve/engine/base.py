@@ -45,7 +45,7 @@ class ModelFiles:
     """A model's files, complete and readable, and the parts of its tokenizer that the engine needs.
 
     ``max_model_len`` is the context in tokens that requests are validated against.  ``adapter`` is a LoRA
-    folder to merge into ``folder``.
+    folder to merge into ``folder``.  ``origin`` says where the weights were found, ``num_bytes`` their size.
     """
 
     folder: Path
@@ -53,6 +53,8 @@ class ModelFiles:
     eos_token_ids: frozenset[int]
     max_model_len: int
     adapter: Path | None = None
+    origin: str = ""
+    num_bytes: int = 0
 
 
 def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:

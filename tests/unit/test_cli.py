@@ -47,7 +47,7 @@ def test_cli_help_is_quick(arguments: list[str]) -> None:
 COMMANDS = dict(commands(main, "trimaran"))
 DATA = [
     "plan", "doctor", "config", "usage", "demo-model", "deploy render check", "deploy render status",
-    "deploy render logs", "deploy runpod status", "deploy runpod logs", "history", "status", "logs",
+    "deploy render logs", "deploy runpod status", "deploy runpod logs", "history", "status", "logs", "trace",
 ]  # fmt: skip
 """Commands that print data."""
 

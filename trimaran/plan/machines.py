@@ -102,7 +102,7 @@ class Machine:
 
     def cold_s(self, need: Need) -> float:
         """Seconds of a boot until the first request runs; an estimate."""
-        return COLD_START_S + need.stored_bytes / COLD_READ_BYTES_S
+        return boot_s(need.stored_bytes)
 
     def price(self, need: Need, prices: PriceList) -> Price | None:
         """Dollars an hour while it is up; None: not known.  At Modal with the cores and the memory that come along."""
@@ -150,3 +150,8 @@ def _modal_name(card: str) -> str:
     """The most exact of Modal's names for a card: ``A100`` and ``H100`` may be given a larger one."""
     names = [name for name, other in MODAL.items() if other == card and name[-1] not in "!+"]
     return max(names, key=lambda name: ("-" in name, -len(name)))
+
+
+def boot_s(stored_bytes: int) -> float:
+    """Seconds of a boot with weights of that size; an estimate."""
+    return COLD_START_S + stored_bytes / COLD_READ_BYTES_S

@@ -59,7 +59,7 @@ def verify(
     from trimaran.verify.target import Target  # noqa: PLC0415
 
     wanted = golden.read(reference) if reference else None
-    with Target(url, key.partition(",")[0].strip(), timeout, _headers(headers)) as target:
+    with Target(url, key.partition(",")[0].strip(), timeout, parse_headers(headers)) as target:
         wait_until_ready(target, wait)
         target.model = model or _first_model(target)
         if record:
@@ -154,7 +154,8 @@ def _first_model(target: Target) -> str:
         raise ConfigError(f"{target.url}/v1/models lists no model; is it a server of OpenAI's API?") from error
 
 
-def _headers(given: tuple[str, ...]) -> dict[str, str]:
+def parse_headers(given: tuple[str, ...]) -> dict[str, str]:
+    """``NAME:VALUE`` options as headers."""
     headers: dict[str, str] = {}
     for text in given:
         name, colon, value = text.partition(":")

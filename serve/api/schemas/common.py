@@ -58,12 +58,24 @@ class Health(BaseModel):
     message: str | None = None
 
 
+class WeightsRead(BaseModel):
+    """Where the weights were found, and their size."""
+
+    source: Literal["local", "cache", "hub"]
+    bytes: int
+
+
 class Version(BaseModel):
-    """What runs here, and how long each part of its cold start took, in seconds."""
+    """What runs here, and how long each part of its cold start took, in seconds.
+
+    ``uptime_s`` counts from the birth of the process, or from its restore; ``weights`` is null until they are found.
+    """
 
     version: str
     model: str
     engine: str
     status: Literal["loading", "ready", "draining", "dead"]
     phases: dict[str, float]
+    uptime_s: float
+    weights: WeightsRead | None
     batching: Batching | None

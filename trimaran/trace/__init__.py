@@ -1,0 +1,1 @@
+"""``trimaran trace``: what a cold start spent its seconds on, up to the first token."""
