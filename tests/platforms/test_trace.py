@@ -104,7 +104,7 @@ def test_every_failure_has_its_exit_status(tmp_path, monkeypatch):
     monkeypatch.delenv("SERVE_MAX_QUEUE")
     monkeypatch.delenv("SERVE_ENGINE")
     (tmp_path / "config.json").write_text("{}")
-    assert run("--local", str(tmp_path), status=3).stderr.startswith("trimaran: ")
+    assert "trimaran: the server" in run("--local", str(tmp_path), status=3).stderr
 
 
 def test_address_of_something_else_is_refused():

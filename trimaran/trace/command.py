@@ -44,8 +44,8 @@ def trace(
     from trimaran.trace.waterfall import text  # noqa: PLC0415
 
     if local:
-        with waiting("Starting a server"), local_server(_model(target)) as (url, own):
-            made = observe(url, own, wait)
+        with waiting("Starting a server"), local_server(_model(target)) as (url, own, is_alive):
+            made = observe(url, own, wait, is_alive)
     else:
         if not (target or "").startswith(("http://", "https://")):
             raise ConfigError("name the server: trimaran trace https://...; or --local [MODEL]")

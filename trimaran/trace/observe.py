@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ QUESTION = "Say hello."
 STOP_S = 30.0
 
 
-def observe(url: str, headers: Mapping[str, str], timeout_s: float) -> Trace:
-    """Wake the server, wait until it is ready, ask it for one token.
+def observe(
+    url: str, headers: Mapping[str, str], timeout_s: float, is_alive: Callable[[], bool] = lambda: True
+) -> Trace:
+    """Wake the server, wait until it is ready or no longer ``is_alive``, ask it for one token.
 
     Raises:
         ConfigError: the key is wrong, or there is no ``/version``.
@@ -42,7 +44,7 @@ def observe(url: str, headers: Mapping[str, str], timeout_s: float) -> Trace:
     """
     with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=dict(headers)) as client:
         asked = time.monotonic()
-        version = _ready(client, asked + timeout_s, timeout_s)
+        version = _ready(client, timeout_s, is_alive)
         age = version.get("uptime_s")
         born = time.monotonic() - age if age is not None else asked
         container = born - asked
@@ -50,8 +52,8 @@ def observe(url: str, headers: Mapping[str, str], timeout_s: float) -> Trace:
         return make_trace(version, round(container, 3) if container > WOKEN_S else None, first)
 
 
-def _ready(client: httpx.Client, deadline: float, timeout_s: float) -> dict[str, Any]:
-    said = "nothing"
+def _ready(client: httpx.Client, timeout_s: float, is_alive: Callable[[], bool]) -> dict[str, Any]:
+    said, deadline = "nothing", time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         try:
             response = client.get("/version", timeout=max(1.0, left))
@@ -70,6 +72,8 @@ def _ready(client: httpx.Client, deadline: float, timeout_s: float) -> dict[str,
                 raise ConfigError(f"the server answers {response.status_code}: give --key, or set SERVE_API_KEYS")
             elif response.status_code not in WAKING:
                 raise ConfigError(f"{response.url} answers {response.status_code}; is this a server of Trimaran's?")
+        if not is_alive():
+            raise ServeError("the server ended")
         time.sleep(POLL_S)
     raise ServeError(f"the server was not ready in {timeout_s:.0f} s; the last answer: {said}")
 
@@ -120,8 +124,8 @@ def _has_token(event: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def local_server(model: str | None) -> Generator[tuple[str, dict[str, str]]]:
-    """A server of ``model`` (or of the environment's settings) on a free loopback port; its address and headers.
+def local_server(model: str | None) -> Generator[tuple[str, dict[str, str], Callable[[], bool]]]:
+    """A server of ``model``, or of the environment's settings, on loopback; its address, headers, and whether it lives.
 
     Raises:
         ServeError: it ended by itself; with its last words, and its exit status where it has a meaning of its own.
@@ -139,7 +143,7 @@ def local_server(model: str | None) -> Generator[tuple[str, dict[str, str]]]:
         )
         try:
             _wait_for_port(port, process)
-            yield f"http://127.0.0.1:{port}", {"authorization": f"Bearer {key}"}
+            yield f"http://127.0.0.1:{port}", {"authorization": f"Bearer {key}"}, lambda: process.poll() is None
         except ServeError as error:
             if process.poll() is None or isinstance(error, ModelLoadError):
                 raise

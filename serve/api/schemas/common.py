@@ -59,9 +59,9 @@ class Health(BaseModel):
 
 
 class WeightsRead(BaseModel):
-    """Where the weights were found, and their size."""
+    """Where the weights were found (``local``, ``cache`` or ``hub``), and their size."""
 
-    source: Literal["local", "cache", "hub"]
+    source: str
     bytes: int
 
 
