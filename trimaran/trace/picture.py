@@ -79,5 +79,5 @@ def _legend(names: Sequence[str], y: int) -> list[str]:
     for name in names:
         parts.append(f'<rect x="{x:.0f}" y="{y}" width="12" height="12" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{x + 17:.0f}" y="{y + 11}" font-size="12" fill="#0f172a">{name}</text>')
-        x += 42 + 7 * len(name)
+        x += 32 + 7 * len(name)
     return parts
