@@ -66,7 +66,7 @@ def test_body_that_never_ends_gets_408_and_the_server_lives() -> None:
     with running(before=SHORT) as server:
         with connect(server.url) as client:
             client.sendall(post_head(len(BODY)) + BODY[:-1])
-            answer = client.recv(65536)
+            answer = everything(client)
         assert answer.startswith(b"HTTP/1.1 408 "), answer
         assert openai_error(json.loads(answer.partition(b"\r\n\r\n")[2]))["code"] == "request_timeout"
         with connect(server.url) as client:
