@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -23,11 +24,13 @@ HEADROOM = 1.3
 
 
 def import_transformers() -> None:
-    """The slow imports, apart from the weights, so that a cold start's log shows both."""
+    """The slow imports, apart from the weights, so that a cold start's log shows both and reading ahead covers them."""
     import transformers  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    _ = transformers.AutoModelForCausalLM  # transformers imports a name when it is first touched
+    # transformers imports a name when it is first touched.
+    _ = transformers.AutoModelForCausalLM, transformers.PreTrainedModel, transformers.GenerationMixin
+    importlib.import_module("transformers.masking_utils")  # brings torch._dynamo, as the file of every model does
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
