@@ -190,6 +190,9 @@ def test_nobody_there_and_wrong_arguments_have_exit_codes_of_their_own(healthy, 
     assert verify("http://127.0.0.1:9", "--wait", "0").exit_code == 3
     assert verify(healthy.url, key="sk-wrong").exit_code == 2
     assert verify(healthy.url, "--header", "nonsense").exit_code == 2
+    for wrong in ("notaurl", "ftp://my.server", "http://", "http://my.server:x", "http://[::1"):
+        refused = CliRunner().invoke(main, ["verify", wrong])
+        assert (refused.exit_code, "no server's address" in refused.output) == (2, True)
     missing = verify(healthy.url, "--reference", str(tmp_path / "none.json"))
     assert missing.exit_code == 2
     assert "--record" in missing.output

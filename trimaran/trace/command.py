@@ -10,7 +10,7 @@ import click
 
 from serve.errors import ConfigError
 from trimaran.progress import waiting
-from trimaran.verify.command import parse_headers
+from trimaran.verify.command import check_address, parse_headers
 
 
 @click.command(epilog="Example: trimaran trace https://me--my-llm.modal.run --svg trace.svg")
@@ -47,10 +47,11 @@ def trace(
         with waiting("Starting a server"), local_server(_model(target)) as (url, own, is_alive):
             made = observe(url, own, wait, is_alive)
     else:
-        if not (target or "").startswith(("http://", "https://")):
+        if not target:
             raise ConfigError("name the server: trimaran trace https://...; or --local [MODEL]")
+        check_address(target)
         with waiting("Waiting until the server is ready"):
-            made = observe(str(target), {**_key(key), **parse_headers(headers)}, wait)
+            made = observe(target, {**_key(key), **parse_headers(headers)}, wait)
     click.echo(json.dumps(made.as_json(), indent=2) if as_json else text(made, is_local=local))
     if svg is not None:
         remark = "woken by the request" if made.container_s is not None else "from its process's birth"

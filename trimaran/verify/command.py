@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import click
 
 from serve.errors import ConfigError
+from trimaran.progress import waiting
 
 if TYPE_CHECKING:
     from trimaran.verify.outcome import Outcome
@@ -58,9 +60,11 @@ def verify(
     from trimaran.verify import report  # noqa: PLC0415
     from trimaran.verify.target import Target  # noqa: PLC0415
 
+    check_address(url)
     wanted = golden.read(reference) if reference else None
     with Target(url, key.partition(",")[0].strip(), timeout, parse_headers(headers)) as target:
-        wait_until_ready(target, wait)
+        with waiting("Waiting until the server is ready"):
+            wait_until_ready(target, wait)
         target.model = model or _first_model(target)
         if record:
             golden.write(record, target, golden.record(target))
@@ -152,6 +156,21 @@ def _first_model(target: Target) -> str:
         return str(answer.json()["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(f"{target.url}/v1/models lists no model; is it a server of OpenAI's API?") from error
+
+
+def check_address(url: str) -> None:
+    """Refuse what no server can have, which would else be waited for.
+
+    Raises:
+        click.UsageError: it is not ``http://HOST`` or ``https://HOST``.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that stays open
+        is_address = False
+    if not is_address:
+        raise click.UsageError(f"{url!r} is no server's address: write it as https://my.server")
 
 
 def parse_headers(given: tuple[str, ...]) -> dict[str, str]:
