@@ -188,6 +188,10 @@ def test_concurrency_below_the_promise_is_caught():
 
 def test_nobody_there_and_wrong_arguments_have_exit_codes_of_their_own(healthy, tmp_path):
     assert verify("http://127.0.0.1:9", "--wait", "0").exit_code == 3
+    for address in ("http://127.0.0.1:9", "http://localhost:9/v1", "http://[::1]:9"):
+        nobody = CliRunner().invoke(main, ["verify", address])
+        assert nobody.exit_code == 3
+        assert "nothing listens on port 9 of this machine" in nobody.stderr
     assert verify(healthy.url, key="sk-wrong").exit_code == 2
     assert verify(healthy.url, "--header", "nonsense").exit_code == 2
     for wrong in ("notaurl", "ftp://my.server", "http://", "http://my.server:x", "http://[::1"):

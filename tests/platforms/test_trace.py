@@ -75,7 +75,7 @@ def test_container_that_sleeps_is_woken_and_its_wait_is_measured(monkeypatch):
     monkeypatch.setenv("SERVE_API_KEYS", "sk-woken")
     wait.start()
     try:
-        done = run(f"http://127.0.0.1:{port}/v1", "--json")
+        done = run(f"http://127.0.0.1:{port}/v1", "--json", "--wait", "60")
         made = json.loads(done.stdout)
         assert 1 < made["container_s"] < 20
         assert made["spans"][0] == {"name": "container", "begins": 0, "seconds": made["container_s"]}
@@ -96,6 +96,7 @@ def test_every_failure_has_its_exit_status(tmp_path, monkeypatch):
     assert (
         "not ready in 1 s; the last answer: ConnectError" in run("http://127.0.0.1:9", "--wait", "1", status=1).stderr
     )
+    assert "trimaran run MODEL --port 9" in run("http://localhost:9", status=2).stderr
     monkeypatch.setenv("SERVE_ENGINE", "echo")
     unwritable = str(tmp_path / "no" / "folder.svg")
     assert "cannot be written" in run("--local", "--svg", unwritable, status=2).stderr

@@ -10,7 +10,7 @@ import click
 
 from serve.errors import ConfigError
 from trimaran.progress import waiting
-from trimaran.verify.command import check_address, parse_headers
+from trimaran.verify.command import check_address, is_told_to_wait, parse_headers
 
 
 @click.command(epilog="Example: trimaran trace https://me--my-llm.modal.run --svg trace.svg")
@@ -42,6 +42,7 @@ def trace(
     from trimaran.trace.observe import local_server, observe, save  # noqa: PLC0415
     from trimaran.trace.picture import picture  # noqa: PLC0415
     from trimaran.trace.waterfall import text  # noqa: PLC0415
+    from trimaran.verify.target import nobody_there  # noqa: PLC0415
 
     if local:
         with waiting("Starting a server"), local_server(_model(target)) as (url, own, is_alive):
@@ -50,8 +51,11 @@ def trace(
         if not target:
             raise ConfigError("name the server: trimaran trace https://...; or --local [MODEL]")
         check_address(target)
+        sent = {**_key(key), **parse_headers(headers)}
+        if not is_told_to_wait() and (why := nobody_there(target)):
+            raise ConfigError(why)
         with waiting("Waiting until the server is ready"):
-            made = observe(target, {**_key(key), **parse_headers(headers)}, wait)
+            made = observe(target, sent, wait)
     click.echo(json.dumps(made.as_json(), indent=2) if as_json else text(made, is_local=local))
     if svg is not None:
         remark = "woken by the request" if made.container_s is not None else "from its process's birth"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
+from click.core import ParameterSource
 
 from serve.errors import ConfigError
 from trimaran.progress import waiting
@@ -58,11 +59,15 @@ def verify(
     """
     from trimaran.verify import reference as golden  # noqa: PLC0415
     from trimaran.verify import report  # noqa: PLC0415
-    from trimaran.verify.target import Target  # noqa: PLC0415
+    from trimaran.verify.target import Target, nobody_there  # noqa: PLC0415
 
     check_address(url)
+    sent = parse_headers(headers)
+    if not is_told_to_wait() and (why := nobody_there(url)):
+        click.echo(f"trimaran: {why}", err=True)
+        sys.exit(NO_ANSWER)
     wanted = golden.read(reference) if reference else None
-    with Target(url, key.partition(",")[0].strip(), timeout, parse_headers(headers)) as target:
+    with Target(url, key.partition(",")[0].strip(), timeout, sent) as target:
         with waiting("Waiting until the server is ready"):
             wait_until_ready(target, wait)
         target.model = model or _first_model(target)
@@ -171,6 +176,11 @@ def check_address(url: str) -> None:
         is_address = False
     if not is_address:
         raise click.UsageError(f"{url!r} is no server's address: write it as https://my.server")
+
+
+def is_told_to_wait() -> bool:
+    """Whether the command was given --wait."""
+    return click.get_current_context().get_parameter_source("wait") is not ParameterSource.DEFAULT
 
 
 def parse_headers(given: tuple[str, ...]) -> dict[str, str]:

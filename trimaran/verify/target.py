@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
@@ -129,6 +132,33 @@ class Target:
             for _ in events:
                 pass
         return stream
+
+
+def nobody_there(url: str) -> str:
+    """Why it is no use to wait for ``url``; empty: something listens, or a platform's address may be asleep."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if not _is_this_machine(host):
+        return ""
+    port = parts.port or {"https": 443}.get(parts.scheme, 80)
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except TimeoutError:
+        return ""
+    except OSError:
+        return (
+            f"nothing listens on port {port} of this machine; start a server there: trimaran run MODEL --port {port}"
+            " (give --wait SECONDS where one is just starting)"
+        )
+    return ""
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def error_defect(answer: httpx.Response) -> str | None:
