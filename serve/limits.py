@@ -1,13 +1,14 @@
-"""What each caller may use: requests and tokens per minute, tokens per day, requests at once.
+"""What each caller may use: requests and tokens per minute, tokens and dollars per day, requests at once.
 
 In this process only: with N replicas a caller gets up to N times as much.  No HTTP here; the clock is given.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from serve.errors import RateLimited
@@ -18,6 +19,12 @@ MAX_CALLERS = 10_000
 BUSY_RETRY_S = 1.0
 DAY_S = 86_400
 
+RECALL_WAIT_S = 5.0
+"""So long after the start a request waits for what its caller has used today already; loading a model takes longer."""
+
+Spent = Mapping[str, tuple[int, float]]
+"""Tokens and dollars of each caller."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
@@ -26,6 +33,7 @@ class Allowance:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
+    usd_per_day: float | None = None
     concurrency: int | None = None
 
     @property
@@ -34,9 +42,14 @@ class Allowance:
         return self == Allowance()
 
     @property
-    def counts_tokens(self) -> bool:
-        """Whether a request's tokens must be known when it ends."""
-        return self.tokens_per_minute is not None or self.tokens_per_day is not None
+    def counts_work(self) -> bool:
+        """Whether a request's tokens or costs must be known when it ends."""
+        return self.tokens_per_minute is not None or self.counts_days
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether what was used before this process began matters."""
+        return self.tokens_per_day is not None or self.usd_per_day is not None
 
 
 class Bucket:
@@ -67,8 +80,8 @@ class Remaining:
     """One of the limits as a caller is told it: ``resets_in_s`` until the whole allowance is there again."""
 
     kind: str
-    limit: int
-    remaining: int
+    limit: float
+    remaining: float
     resets_in_s: float
 
 
@@ -79,13 +92,14 @@ class _Caller:
     num_running: int = 0
     day: int = 0
     tokens_today: int = 0
+    usd_today: float = 0.0
 
 
 class Limiter:
     """Counts what callers use.  Belongs to the event loop.
 
-    A request's tokens are known only when it has ended, and are taken then: a caller may go into debt with what runs
-    at once, and waits it off.
+    A request's tokens and costs are known only when it has ended, and are taken then: a caller may go into debt with
+    what runs at once, and waits it off.
 
     Args:
         allowance: Of each caller.
@@ -96,6 +110,33 @@ class Limiter:
         self.allowance = allowance
         self._clock = clock
         self._callers: dict[str, _Caller] = {}
+        self._recalled: asyncio.Event | None = None
+
+    def expect_recall(self) -> None:
+        """Somebody will :meth:`recall`; requests wait for that, :data:`RECALL_WAIT_S` from now at most."""
+        self._recalled = asyncio.Event()
+        asyncio.get_running_loop().call_later(RECALL_WAIT_S, self._recalled.set)
+
+    def recall(self, day: int, spent: Spent) -> None:
+        """Add what callers used on a day (since the epoch) before this process began."""
+        now = self._clock()
+        if day == int(now // DAY_S):
+            for name, (num_tokens, usd) in spent.items():
+                caller = self._caller(name, now)
+                caller.tokens_today += num_tokens
+                caller.usd_today += usd
+        if self._recalled is not None:
+            self._recalled.set()
+
+    async def enter(self, name: str) -> None:
+        """:meth:`admit`, as soon as what was used before is known.
+
+        Raises:
+            RateLimited: as there.
+        """
+        if self._recalled is not None:
+            await self._recalled.wait()
+        self.admit(name)
 
     def admit(self, name: str) -> None:
         """Let a request of this caller begin; :meth:`release` ends it.
@@ -113,28 +154,40 @@ class Limiter:
             self._refuse(f"you may use {allowance.tokens_per_minute} tokens per minute", wait_s)
         if allowance.tokens_per_day is not None and caller.tokens_today >= allowance.tokens_per_day:
             self._refuse(f"you may use {allowance.tokens_per_day} tokens per day (UTC)", DAY_S - now % DAY_S)
+        if allowance.usd_per_day is not None and caller.usd_today >= allowance.usd_per_day:
+            self._refuse(f"you may use ${allowance.usd_per_day:g} of machine time per day (UTC)", DAY_S - now % DAY_S)
         caller.num_running += 1
         if caller.requests is not None:
             caller.requests.take(1, now)
 
-    def release(self, name: str, num_tokens: int) -> None:
-        """A request that was admitted has ended, and has used so many tokens of prompt and completion."""
+    def release(self, name: str, num_tokens: int, usd: float = 0.0) -> None:
+        """A request that was admitted has ended, and has used so many tokens of prompt and completion, and dollars."""
         now = self._clock()
         caller = self._caller(name, now)
         caller.num_running -= 1
         caller.tokens_today += num_tokens
+        caller.usd_today += usd
         if caller.tokens is not None:
             caller.tokens.take(num_tokens, now)
 
     def remaining(self, name: str) -> list[Remaining]:
-        """What this caller has left of requests and tokens per minute, where these are limited."""
-        now = self._clock()
+        """What this caller has left of the minute's and the day's allowances, where these are limited."""
+        now, allowance = self._clock(), self.allowance
         caller = self._caller(name, now)
-        return [
+        minutes = [
             Remaining(kind, bucket.capacity, max(0, math.floor(bucket.level(now))), bucket.wait_s(bucket.capacity, now))
             for kind, bucket in (("requests", caller.requests), ("tokens", caller.tokens))
             if bucket is not None
         ]
+        days = [
+            Remaining(kind, limit, max(0, limit - used), DAY_S - now % DAY_S)
+            for kind, limit, used in (
+                ("tokens-day", allowance.tokens_per_day, caller.tokens_today),
+                ("usd-day", allowance.usd_per_day, caller.usd_today),
+            )
+            if limit is not None
+        ]
+        return minutes + days
 
     def _refuse(self, why: str, retry_after: float) -> None:
         raise RateLimited(f"{why}; try again in {math.ceil(retry_after)} s", retry_after=retry_after)
@@ -152,7 +205,7 @@ class Limiter:
             self._callers[name] = caller
         day = int(now // DAY_S)
         if caller.day != day:
-            caller.day, caller.tokens_today = day, 0
+            caller.day, caller.tokens_today, caller.usd_today = day, 0, 0.0
         return caller
 
     def _forget(self, now: float) -> None:
@@ -163,4 +216,5 @@ def _is_fresh(caller: _Caller, now: float) -> bool:
     """Whether the caller is as one who never came."""
     buckets = (caller.requests, caller.tokens)
     is_full = all(bucket is None or bucket.level(now) >= bucket.capacity for bucket in buckets)
-    return is_full and not caller.num_running and (caller.day != int(now // DAY_S) or not caller.tokens_today)
+    has_used = caller.day == int(now // DAY_S) and (caller.tokens_today or caller.usd_today)
+    return is_full and not caller.num_running and not has_used

@@ -21,7 +21,7 @@ _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "
 
 _UNLOGGED = frozenset(
     {"received_at", "queue_s", "first_token_at", "last_token_at", "endpoint", "machine", "share", "machine_s"}
-    | {"deadline_s", "queued_at", "trace_headers"}
+    | {"deadline_s", "queued_at", "trace_headers", "goes_on"}
 )
 
 
@@ -61,6 +61,8 @@ class RequestRecord:
     share: Share | None = None
     machine_s: float | None = None
     cost_usd: float | None = None
+    goes_on: bool = False
+    """It is answered but goes on in the background, whose end is the request's."""
 
     def begin_work(self, num_sequences: int) -> None:
         """The machine works for this request from now on, until it ends."""

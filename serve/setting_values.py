@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -103,6 +103,20 @@ def written(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def variables(settings: BaseSettings, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What was set, as variables for a container: the public ones, and the secret ones."""
+    public: dict[str, str] = {}
+    secret: dict[str, str] = {}
+    for name in sorted(settings.model_fields_set):
+        value: Any = getattr(settings, name)
+        parts = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
+        if value is None or not parts:
+            continue
+        is_secret = any(isinstance(part, SecretStr) for part in parts)
+        (secret if is_secret else public)[prefix + name.upper()] = ",".join(written(part) for part in parts)
+    return public, secret
 
 
 def cache_if_any() -> Path | None:

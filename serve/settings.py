@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -41,7 +41,7 @@ from serve.setting_values import (
     name_of,
     no_address,
     only_origins,
-    written,
+    variables,
     wrong_values,
 )
 
@@ -142,6 +142,9 @@ class Settings(BaseSettings):
     limit_requests_per_minute: int | None = Field(None, ge=1, description="Requests that each caller may send.")
     limit_tokens_per_minute: int | None = Field(None, ge=1, description="Prompt and completion tokens of each caller.")
     limit_tokens_per_day: int | None = Field(None, ge=1, description="The same for a day, which begins at 0:00 UTC.")
+    limit_usd_per_day: float | None = Field(
+        None, gt=0, description="Dollars of machine time of each caller, by SERVE_USD_PER_HOUR, from 0:00 UTC on."
+    )
     limit_concurrency: int | None = Field(None, ge=1, description="Requests that each caller may have running at once.")
     stored_responses: int = Field(1000, ge=0, le=10**6, description="Responses kept for each key; 0 keeps none.")
     stored_response_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of them for each key; the oldest go first.")
@@ -206,6 +209,8 @@ class Settings(BaseSettings):
             )
         if self.embedding_name and self.embedding_name == self.served_name:
             raise ValueError(f"both models are called {self.served_name}: set SERVE_MODEL_NAME")
+        if self.limit_usd_per_day is not None and self.usd_per_hour is None:
+            raise ValueError("SERVE_LIMIT_USD_PER_DAY needs the machine's price: set SERVE_USD_PER_HOUR")
         return self
 
     @property
@@ -229,16 +234,7 @@ class Settings(BaseSettings):
 
     def environment(self) -> tuple[dict[str, str], dict[str, str]]:
         """What was set, as variables for a container: the public ones, and the secret ones."""
-        public: dict[str, str] = {}
-        secret: dict[str, str] = {}
-        for name in sorted(self.model_fields_set):
-            value: Any = getattr(self, name)
-            parts = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
-            if value is None or not parts:
-                continue
-            is_secret = any(isinstance(part, SecretStr) for part in parts)
-            (secret if is_secret else public)[PREFIX + name.upper()] = ",".join(written(part) for part in parts)
-        return public, secret
+        return variables(self, PREFIX)
 
     @property
     def patience_s(self) -> float:
@@ -256,6 +252,7 @@ class Settings(BaseSettings):
             requests_per_minute=self.limit_requests_per_minute,
             tokens_per_minute=self.limit_tokens_per_minute,
             tokens_per_day=self.limit_tokens_per_day,
+            usd_per_day=self.limit_usd_per_day,
             concurrency=self.limit_concurrency,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, FastAPI
@@ -47,7 +48,7 @@ from serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serve.oidc import TokenVerifier
-    from serve.records.writer import RecordWriter
+    from serve.records.writer import RecordWriter, TellSpent
     from serve.traces import Traces
 
 KEYS_CHECKED_S = 2.0
@@ -161,10 +162,10 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     if settings.engine is not EngineName.REMOTE:
         modules = (chat, completions, responses, messages, tokenize, embeddings, realtime, models)
         return tuple(module.router for module in modules)
-    if settings.allowance().counts_tokens:
+    if settings.allowance().counts_work:
         raise ConfigError(
-            "SERVE_LIMIT_TOKENS_PER_MINUTE and SERVE_LIMIT_TOKENS_PER_DAY need an engine: a gateway does not see the "
-            "tokens that pass through it; set them on the server at SERVE_REMOTE_URL"
+            "SERVE_LIMIT_TOKENS_PER_MINUTE, SERVE_LIMIT_TOKENS_PER_DAY and SERVE_LIMIT_USD_PER_DAY need an engine: a "
+            "gateway does not see the tokens that pass through it; set them on the server at SERVE_REMOTE_URL"
         )
     from serve.api import remote  # noqa: PLC0415
     from serve.api.response_owners import ResponseOwners  # noqa: PLC0415
@@ -225,6 +226,14 @@ def _record_writer(settings: Settings) -> RecordWriter | None:
     return RecordWriter(settings.records_url.get_secret_value(), settings.records_buffer)
 
 
+def _recall_into(limiter: Limiter) -> TellSpent | None:
+    """Tells the limiter, from any thread, what callers used today before this process began; None: nothing asks."""
+    if not limiter.allowance.counts_days:
+        return None
+    limiter.expect_recall()
+    return partial(asyncio.get_running_loop().call_soon_threadsafe, limiter.recall)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     lifecycle: Lifecycle = app.state.lifecycle
@@ -234,7 +243,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     lifecycle.start()
     watchdog.start()
     if records is not None:
-        records.start()
+        records.start(_recall_into(app.state.limiter))
     if traces is not None:
         traces.start()
     watching = asyncio.create_task(_watch_keys(app.state.door.keys)) if app.state.settings.api_keys_file else None

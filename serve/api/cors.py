@@ -8,7 +8,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 SENT = ("authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version", "idempotency-key")
-LIMITS = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")]
+LIMITED = ("requests", "tokens", "tokens-day", "usd-day")
+LIMITS = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in LIMITED]
 READABLE = ("x-request-id", "request-id", "retry-after", "server-timing", "www-authenticate", *LIMITS)
 PREFLIGHT_S = 600
 

@@ -42,7 +42,7 @@ class Limits:
             await send(message)
 
         try:
-            admission = Admission(self._limiter, record)
+            admission = await Admission.of(self._limiter, record)
         except RateLimited as error:
             record.error_code = error.code
             await error_response(error, scope)(scope, receive, send_with_limits)
@@ -53,23 +53,28 @@ class Limits:
     def _headers(self, caller: str) -> dict[str, str]:
         headers: dict[str, str] = {}
         for left in self._limiter.remaining(caller):
-            headers[f"x-ratelimit-limit-{left.kind}"] = str(left.limit)
-            headers[f"x-ratelimit-remaining-{left.kind}"] = str(left.remaining)
+            headers[f"x-ratelimit-limit-{left.kind}"] = number(left.limit)
+            headers[f"x-ratelimit-remaining-{left.kind}"] = number(left.remaining)
             headers[f"x-ratelimit-reset-{left.kind}"] = duration(left.resets_in_s)
         return headers
 
 
 class Admission:
-    """What ``record`` tells of is counted against its caller's allowance, its tokens when the context ends.
-
-    Raises:
-        RateLimited: the allowance is used up; nothing was counted.
-    """
+    """What ``record`` tells of is counted against its caller's allowance; tokens and costs when the context ends."""
 
     def __init__(self, limiter: Limiter, record: RequestRecord) -> None:
         self._limiter = limiter
         self._record: RequestRecord | None = record
-        limiter.admit(record.caller or "")
+
+    @classmethod
+    async def of(cls, limiter: Limiter, record: RequestRecord) -> Admission:
+        """Let a request in.
+
+        Raises:
+            RateLimited: the allowance is used up; nothing was counted.
+        """
+        await limiter.enter(record.caller or "")
+        return cls(limiter, record)
 
     def __enter__(self) -> None:
         return
@@ -84,7 +89,14 @@ class Admission:
         return self._release
 
     def _release(self, record: RequestRecord) -> None:
-        self._limiter.release(record.caller or "", (record.prompt_tokens or 0) + record.completion_tokens)
+        record.end_work()  # else its cost would be known only after this
+        num_tokens = (record.prompt_tokens or 0) + record.completion_tokens
+        self._limiter.release(record.caller or "", num_tokens, record.cost_usd or 0.0)
+
+
+def number(value: float) -> str:
+    """Tokens and requests whole, dollars to a millionth."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:

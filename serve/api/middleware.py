@@ -113,7 +113,7 @@ class Boundary:
             if record.status is None:
                 record.status = CLIENT_CLOSED
             record.endpoint = getattr(scope.get("route"), "path", None)
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS and not record.goes_on:
                 self._end(record)
 
     def _end(self, record: RequestRecord) -> None:

@@ -137,7 +137,7 @@ class _Connection:
             deadline_s=self._record.deadline_s,
         )
         try:
-            with Admission(self._socket.app.state.limiter, record):
+            with await Admission.of(self._socket.app.state.limiter, record):
                 await self._generate(message, record)
             record.status = 200
         except ServeError as error:

@@ -69,12 +69,13 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         chat = to_chat(fields)
         params = sampling_params(chat, None, lifecycle)
         if body.background:  # it goes on when this request has ended
-            record = replace(record, method="BACKGROUND", endpoint=record.route)
+            record = replace(record, endpoint=record.route)
         choices, reader = await start_turn(chat, lifecycle, record)
     turn = ResponseTurn(body, params, settings.served_name, store, _caller(request), previous)
     answer = ResponseAnswer(turn.begun, reader, turn.keep)
     if body.background:
         turn.run_in_background(answer, choices, record, _background_end(request))
+        request.scope["trimaran.record"].goes_on = True
         return _json(answer.body(), headers)
     if body.stream:
         frames = event_frames(choices, ResponseShape(answer), settings.keep_alive_s, request.app.state.pace)

@@ -89,6 +89,14 @@ class UsageStore:
         async with asyncio.timeout(TIMEOUT_S), self._connected().connect() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
 
+    async def spent(self, day: date) -> dict[str, tuple[int, float]]:
+        """Tokens and dollars of each caller on a day (UTC)."""
+        num_tokens = func.sum(usage.c.prompt_tokens + usage.c.completion_tokens)
+        query = select(usage.c.caller, num_tokens, func.sum(usage.c.cost_usd)).where(usage.c.day == day)
+        async with asyncio.timeout(TIMEOUT_S), self._connected().connect() as connection:
+            found = (await connection.execute(query.group_by(usage.c.caller))).all()
+        return {caller: (int(tokens), float(usd or 0)) for caller, tokens, usd in found}
+
     async def close(self) -> None:
         """Give up all connections, broken ones too; the next call opens new ones."""
         engine, self._engine = self._engine, None

@@ -11,8 +11,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, date, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from serve.records.store import UsageStore
 
 logger = logging.getLogger(__name__)
+
+TellSpent = Callable[[int, Mapping[str, tuple[int, float]]], object]
+EPOCH = date(1970, 1, 1)
 
 BATCH = 500
 INTERVAL_S = 0.5
@@ -56,6 +60,7 @@ class RecordWriter:
         self._batch: list[UsageRow] = []
         self._ending = threading.Event()
         self._wake: Callable[[], object] = bool
+        self._tell_spent: TellSpent | None = None
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self.num_written = 0
@@ -66,8 +71,14 @@ class RecordWriter:
         """Records that are not written yet."""
         return len(self._rows) + len(self._batch)
 
-    def start(self) -> None:
-        """Begin writing."""
+    def start(self, tell_spent: TellSpent | None = None) -> None:
+        """Begin writing.
+
+        Args:
+            tell_spent: Called once, in the writer's thread, with what today's records hold before this process adds
+                to them: the day since the epoch, and each caller's tokens and dollars.
+        """
+        self._tell_spent = tell_spent
         self._thread.start()
 
     def put(self, record: RequestRecord) -> None:
@@ -113,6 +124,7 @@ class RecordWriter:
                 if not is_migrated:
                     await store.migrate()
                     is_migrated = True
+                await self._recall(store)
                 await self._write_waiting(store)
             except Exception as error:
                 pause_s = min(pause_s * 2 or FIRST_PAUSE_S, MAX_PAUSE_S)
@@ -129,6 +141,14 @@ class RecordWriter:
             if time.monotonic() > self._deadline:
                 break
         await _close(store)
+
+    async def _recall(self, store: UsageStore) -> None:
+        """Before the first record is written, so that none counts twice."""
+        if self._tell_spent is not None:
+            today = datetime.now(UTC).date()
+            spent = await store.spent(today)
+            tell, self._tell_spent = self._tell_spent, None
+            tell((today - EPOCH).days, spent)
 
     async def _write_waiting(self, store: UsageStore) -> None:
         """Write all that waits.  A batch that failed is the next one again, unchanged."""

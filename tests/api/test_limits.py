@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -13,7 +15,7 @@ from support import chat, eventually, openai_error, serving
 from serve.api.app import create_app
 from serve.engine.echo import EchoEngine
 from serve.errors import ConfigError
-from serve.limits import Limiter
+from serve.limits import DAY_S, Limiter
 from serve.settings import Settings
 
 COMPLETIONS = "/v1/chat/completions"
@@ -128,9 +130,37 @@ def test_limits_count_a_response_in_the_background_until_it_ends() -> None:
     assert "tokens per minute" in afterwards.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("limit", ["limit_tokens_per_minute", "limit_tokens_per_day"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_limits_count_dollars_of_machine_time(stream: bool) -> None:
+    settings: dict[str, Any] = {"limit_usd_per_day": 0.0123, "usd_per_hour": 10_000}
+    with serving(EchoEngine(step_s=0.01), **settings) as served, httpx.Client(base_url=served.url) as client:
+        first = client.post(COMPLETIONS, json=chat("abcd", stream=stream))
+        limiter: Limiter = served.app.state.limiter
+        eventually(lambda: served.on_loop(lambda: limiter.remaining("anonymous"))[0].remaining == 0)
+        refused = client.post(COMPLETIONS, json=chat("a"))
+        left_s = DAY_S - time.time() % DAY_S
+
+    assert (first.status_code, first.headers["x-ratelimit-limit-usd-day"]) == (200, "0.0123")
+    assert (refused.status_code, refused.headers["x-ratelimit-remaining-usd-day"]) == (429, "0")
+    assert abs(int(refused.headers["retry-after"]) - left_s) < 30
+    assert "$0.0123 of machine time per day" in openai_error(refused.json())["message"]
+
+
+@pytest.mark.parametrize("limit", [{"limit_tokens_per_day": 9}, {"limit_usd_per_day": 1e-6, "usd_per_hour": 10_000}])
+def test_limits_of_a_day_outlive_a_process_with_a_database(limit: dict[str, float], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**limit, "records_url": f"sqlite:///{tmp_path}/usage.db", "api_keys": ("one", "two")}
+    statuses: list[int] = []
+    for keys in (("one",), ("one", "two")):
+        with serving(**settings) as served:
+            for key in keys:
+                answer = httpx.post(served.url + COMPLETIONS, json=chat("abcdefg"), headers={"x-api-key": key})
+                statuses.append(answer.status_code)
+    assert statuses == [200, 429, 200]
+
+
+@pytest.mark.parametrize("limit", ["limit_tokens_per_minute", "limit_tokens_per_day", "limit_usd_per_day"])
 def test_gateway_refuses_limits_of_tokens_that_it_cannot_count(limit: str) -> None:
-    settings: dict[str, Any] = {"engine": "remote", "remote_url": "http://127.0.0.1:9", limit: 5}
+    settings: dict[str, Any] = {"engine": "remote", "remote_url": "http://127.0.0.1:9", "usd_per_hour": 1, limit: 5}
     with pytest.raises(ConfigError, match=f"SERVE_{limit.upper()}"):
         create_app(Settings(**{**settings, "_env_file": None}))
 

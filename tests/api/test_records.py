@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sqlite3
 import threading
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from postgres import Postgres, running_postgres
 from support import Served, chat, eventually, running, serving
 
+from serve.engine.echo import EchoEngine
 from serve.keys import ApiKey, Scope, digest_of, write_keys
 from serve.records.writer import RecordWriter
 from trimaran.cli import main
@@ -72,6 +74,39 @@ def test_records_hold_one_row_for_each_request(tmp_path: Path) -> None:
     assert kept[0]["cost_usd"] == pytest.approx(kept[0]["machine_ms"] / 1000, abs=1e-5)
     assert 0 < kept[0]["machine_ms"] <= kept[0]["total_ms"]
     assert (kept[2]["error_code"], kept[2]["cost_usd"]) == ("model_not_found", None)
+
+
+def test_records_hold_one_row_for_a_response_in_the_background(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it ends well, is cancelled, or is ended by a drain."""
+    file, body = tmp_path / "usage.db", {"model": "echo", "input": "a" * 30, "background": True}
+    settings: dict[str, Any] = {"records_url": f"sqlite:///{file}", "api_keys": "one", "drain_timeout_s": 0}
+    caplog.set_level(logging.INFO, "serve.request")
+    with (
+        serving(EchoEngine(step_s=0.01), **settings) as served,
+        httpx.Client(base_url=served.url, headers={"x-api-key": "one"}) as client,
+    ):
+
+        def begin(text: str) -> str:
+            return "/v1/responses/" + client.post("/v1/responses", json=body | {"input": text}).json()["id"]
+
+        ended, cancelled = begin("a" * 30), begin("b" * 4000)
+        client.post(cancelled + "/cancel")
+        eventually(lambda: client.get(ended).json()["status"] == "completed")
+        begin("c" * 4001)
+        page = client.get("/metrics").text
+    found = [row for row in rows(file) if row["route"] == "/v1/responses"]
+    lines = [line for line in caplog.records if getattr(line, "route", "") == "/v1/responses"]
+
+    assert sorted((row["prompt_tokens"], row["status"]) for row in found) == [(30, 200), (4000, 499), (4001, 503)]
+    assert len(lines) == 3
+    whole = next(row for row in found if row["status"] == 200)
+    assert (whole["completion_tokens"], whole["finish_reason"], whole["method"]) == (31, "stop", "POST")
+    assert whole["caller"].startswith("key-")
+    assert 0 < whole["ttft_ms"] < whole["total_ms"]
+    assert whole["total_ms"] > 300  # 31 steps: until it ended, not until it was answered
+    assert 'trimaran_http_requests_total{route="/v1/responses",status="200"} 1.0' in page
 
 
 def test_records_that_wait_are_written_on_a_drain(tmp_path: Path) -> None:

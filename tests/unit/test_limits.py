@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +96,48 @@ def test_limiter_counts_a_day_in_utc() -> None:
     assert error.retry_after == limits.DAY_S - 1000
     clock.now += limits.DAY_S - 1000
     limiter.admit("a")
+
+
+def test_limiter_bounds_the_dollars_of_a_day() -> None:
+    clock = Clock(limits.DAY_S * 10_000 + 1000.0)
+    limiter = Limiter(Allowance(usd_per_day=0.5), clock)
+    for _ in range(2):
+        limiter.admit("a")
+        limiter.release("a", 7, 0.3)
+    error = refusal(lambda: limiter.admit("a"))
+    assert "$0.5 of machine time per day" in error.message
+    assert error.retry_after == limits.DAY_S - 1000
+    (left,) = limiter.remaining("a")
+    assert (left.kind, left.limit, left.remaining, left.resets_in_s) == ("usd-day", 0.5, 0, limits.DAY_S - 1000)
+    limiter.admit("b")
+    clock.now += limits.DAY_S - 1000
+    limiter.admit("a")
+
+
+@pytest.mark.anyio
+async def test_limiter_waits_for_what_was_used_before_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    limiter = Limiter(Allowance(tokens_per_day=100, usd_per_day=1.0), clock)
+    limiter.expect_recall()
+    entering = asyncio.create_task(limiter.enter("a"))
+    await asyncio.sleep(0)
+    assert not entering.done()
+    limiter.recall(int(clock.now // limits.DAY_S), {"a": (100, 0.1), "b": (1, 1.0)})
+    with pytest.raises(RateLimited, match="100 tokens per day"):
+        await entering
+    with pytest.raises(RateLimited, match=r"\$1 of machine time"):
+        await limiter.enter("b")
+    limiter.recall(int(clock.now // limits.DAY_S) - 1, {"c": (100, 0.1)})  # yesterday's
+    await limiter.enter("c")
+
+    monkeypatch.setattr(limits, "RECALL_WAIT_S", 0.01)
+    late = Limiter(Allowance(tokens_per_day=100), clock)
+    late.expect_recall()
+    await late.enter("a")
+    late.release("a", 1)
+    late.recall(int(clock.now // limits.DAY_S), {"a": (99, 0.0)})
+    with pytest.raises(RateLimited):
+        await late.enter("a")
 
 
 def test_limiter_bounds_what_runs_at_once() -> None:

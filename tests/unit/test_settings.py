@@ -68,6 +68,12 @@ def test_public_address_needs_keys_or_a_word(monkeypatch):
     assert load_settings(model="m", host="0.0.0.0", oidc_issuer="https://issuer").knows_callers  # noqa: S104
 
 
+def test_budget_in_dollars_needs_a_price():
+    with pytest.raises(ConfigError, match="SERVE_LIMIT_USD_PER_DAY needs the machine's price: set SERVE_USD_PER_HOUR"):
+        load_settings(model="m", limit_usd_per_day=1)
+    assert load_settings(model="m", limit_usd_per_day=1, usd_per_hour=2).allowance().usd_per_day == 1
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True), ("0.0.0.0", False),  # noqa: S104
