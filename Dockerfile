@@ -57,6 +57,12 @@ COPY trimaran trimaran
 COPY serve serve
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 
+# What a first start would find out about the model, once for all starts.  /models keeps it beside the weights.
+RUN if [ -n "${MODEL_ID}" ]; then \
+      HF_HOME=/models/hf HF_HUB_OFFLINE=1 XDG_CACHE_HOME=/tmp/cache SERVE_MODEL="${MODEL_ID}" SERVE_MODEL_REVISION="${MODEL_REVISION}" \
+      python -m serve.compare && rm -rf /tmp/cache; \
+    fi
+
 ARG BAKED_HF_HOME=${MODEL_ID:+/models/hf}
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

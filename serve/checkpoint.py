@@ -47,6 +47,22 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def longest_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens that can be asked for: :func:`context_length`, or with dynamic RoPE as many times that as its factor says.
+
+    transformers stretches such frequencies with the longest position that it sees; the engine fixes them at load.
+    """
+    own = context_length(config)
+    for source in (_text_config(config), config):
+        for key in ("rope_parameters", "rope_scaling"):
+            rope: Any = source.get(key)
+            if own and isinstance(rope, dict) and (rope := cast("dict[str, Any]", rope)):
+                kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+                if kind == "dynamic" and isinstance(factor, int | float) and 1 < factor < math.inf:
+                    return int(own * factor)
+    return own
+
+
 def vocab_size(config: Mapping[str, Any]) -> int | None:
     """Width of the model's logits; ``None`` when the files do not say."""
     for source in (_text_config(config), config):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve import checkpoint, hub, weights
 from serve.chat.constraint import Vocabulary
@@ -65,7 +65,7 @@ class CheckpointOrigin:
         settings = self._settings
         source = weights.locate(settings.model, settings.model_revision, settings.trust_remote_code)
         self._source = source
-        max_model_len = _max_model_len(settings.max_model_len, checkpoint.context_length(source.config))
+        max_model_len = _max_model_len(settings.max_model_len, source.config)
         tokenizer = HubTokenizer(source.tokenizer_folder)
         eos_token_ids = checkpoint.eos_token_ids(source.folder, source.config) | _own_eos(tokenizer)
         return LoadedTokenizer(
@@ -186,11 +186,14 @@ def _operator_template(path: Path | None) -> str | None:
         raise ConfigError(f"SERVE_CHAT_TEMPLATE={path} cannot be read: {error}") from error
 
 
-def _max_model_len(requested: int | None, own: int | None) -> int:
+def _max_model_len(requested: int | None, config: Mapping[str, Any]) -> int:
     if requested is None:
-        return min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
-    if own is not None and requested > own:
-        raise ModelLoadError(f"SERVE_MAX_MODEL_LEN={requested} exceeds the model's context of {own} tokens; lower it")
+        return min(checkpoint.context_length(config) or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    longest = checkpoint.longest_context(config)
+    if longest is not None and requested > longest:
+        raise ModelLoadError(
+            f"SERVE_MAX_MODEL_LEN={requested} exceeds the model's context of {longest} tokens; lower it"
+        )
     return requested
 
 

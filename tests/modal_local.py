@@ -99,6 +99,11 @@ def deployed(**environment: str) -> Iterator[Deployed]:
         yield Deployed(emulator, done.stdout + done.stderr)
 
 
+def volume_ids(emulator: Emulator) -> dict[str, str]:
+    """Of all Volumes, by name."""
+    return {made.deployment_name: volume_id for volume_id, made in emulator.volumes.items()}
+
+
 def client(container: Container, **options: Any) -> httpx.Client:
     """An HTTP client with the key."""
     return httpx.Client(base_url=container.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60, **options)

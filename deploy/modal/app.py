@@ -37,11 +37,14 @@ KNOBS = {  # SERVE_MODAL_<name>: its default, and what it does.  docs/reference/
     "STARTUP_TIMEOUT": ("1800", "Seconds that a container may take to start."),
     "PROXY_AUTH": ("false", "`true`: Modal wakes nothing for requests without `Modal-Key` and `Modal-Secret`."),
     "SECRET": ("", "Name of a secret that is stored at Modal, for instance with `SERVE_API_KEYS` in it."),
-    "VOLUME": ("trimaran-models", "Volume for the weights; made when it is missing."),
+    "VOLUME": (
+        "trimaran-models",
+        "Volume for the weights; a second one, named `-cache` after it, has what starts found out.",
+    ),
     "LABEL": ("", "Own label in the address of `web`: `<workspace>--<label>.modal.run`."),
     "NAME": ("", "The app's name. Default: from the model's."),
 }
-PREFIX, MODELS, TEMPLATE = "SERVE_MODAL_", "/models", "/root/chat_template.jinja"
+PREFIX, MODELS, CACHE, TEMPLATE = "SERVE_MODAL_", "/models", "/cache", "/root/chat_template.jinja"
 PORT, GB, UV, WEB_WRITES_PER_S = 8000, 1_000_000_000, "0.9.5", 200  # a write is a call of Modal's relay: 0.5 ms of CPU
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -101,7 +104,7 @@ def make_plan() -> SimpleNamespace:
         **knob.given(),
         **{PREFIX + "PRIMITIVE": plan.primitive, PREFIX + "SNAPSHOT": plan.snapshot},
         **{"SERVE_HOST": "0.0.0.0", "SERVE_PORT": str(settings.port or PORT)},  # noqa: S104 - a container has no other address
-        **({} if gpus else {"SERVE_DEVICE": "cpu"}),
+        **({"SERVE_CACHE_DIR": CACHE} if gpus else {"SERVE_CACHE_DIR": CACHE, "SERVE_DEVICE": "cpu"}),
     }
     size = f"{plan.placement.num_bytes / GB:.2g} GB{'' if plan.placement.is_certain else ' (a guess)'} of weights"
     machine = f"{' or '.join(gpus) or 'no GPU'}, {plan.options['cpu']:g} cores, {plan.options['memory']} MiB"
@@ -226,13 +229,13 @@ IN_CONTAINER = {  # Modal goes by what was deployed; only the number of objects 
     **{"timeout": 3600, "concurrent": {"max_inputs": 1}, "address": {}, "server": {}},
 }
 PLAN = make_plan() if modal.is_local() else SimpleNamespace(**IN_CONTAINER)
-VOLUME = modal.Volume.from_name(PLAN.volume, create_if_missing=True)
+VOLUME, CACHED = (modal.Volume.from_name(PLAN.volume + end, create_if_missing=True) for end in ("", "-cache"))
 SECRET = modal.Secret.from_dict(PLAN.secrets)
 OPTIONS: dict[str, Any] = {
     "image": build_image(PLAN, VOLUME, SECRET) if modal.is_local() else modal.Image.debian_slim(),
     "env": PLAN.environment,
     "secrets": [SECRET] + ([modal.Secret.from_name(PLAN.stored_secret)] if PLAN.stored_secret else []),
-    "volumes": {MODELS: VOLUME.with_mount_options(read_only=True)},
+    "volumes": {MODELS: VOLUME.with_mount_options(read_only=True), CACHE: CACHED},
     "enable_memory_snapshot": PLAN.snapshot != "off",
     **PLAN.options,
 }

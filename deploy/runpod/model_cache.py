@@ -21,7 +21,12 @@ CACHE = Path("huggingface-cache", "hub")
 
 
 def choose(environ: MutableMapping[str, str], volume: Path) -> None:
-    """Point the settings at the best source of ``SERVE_MODEL``; a copy that is not whole is passed over."""
+    """Point the settings at the best source of ``SERVE_MODEL``; a copy that is not whole is passed over.
+
+    What a worker finds out about the model stays on a volume that can be written, for the next one.
+    """
+    if _is_writable(volume) and not environ.get("SERVE_CACHE_DIR"):
+        environ["SERVE_CACHE_DIR"] = str(volume / "trimaran")
     model = environ.get("SERVE_MODEL", "")
     if model.count("/") != 1 or Path(model).exists() or "://" in model:  # a folder, or no model at all
         return

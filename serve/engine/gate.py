@@ -7,12 +7,15 @@ model's own forward pass; its verdict can be kept.
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve.engine import attention, flash, packed
+from serve.engine.base import ModelFiles
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Scheduler
 from serve.engine.survey import NotBatchable, attention_of, explained, probe_tokens, survey
@@ -33,6 +36,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 UNREACHABLE = -6e4
 
 
+def verdict_file(files: ModelFiles, dtype: torch.dtype, device: torch.device, cache_dir: Path | None) -> VerdictFile:
+    """Where the verdict on these files is kept: by versions, number format and kind of device."""
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    folders = [files.folder] if files.adapter is None else [files.folder, files.adapter]
+    return VerdictFile(cache_dir, folders, [torch.__version__, version("transformers"), str(dtype), place])
+
+
 def examine(model: Any, kept: VerdictFile) -> KVCache:
     """Survey the model, compare it unless that was done before, and switch it to the engine's attention.
 
@@ -46,7 +56,7 @@ def examine(model: Any, kept: VerdictFile) -> KVCache:
     verdict = kept.read()
     if verdict is None or verdict.reason is None:
         seen.varlen = flash.choose(seen, model.dtype, model.device)
-    source = "compared at an earlier start" if verdict else "compared now"
+    source = "compared before" if verdict else "compared now"
     if verdict is None:
         try:
             verdict = Verdict(None, compare(model, seen))

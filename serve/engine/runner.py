@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from serve.checkpoint import stored_dtype
@@ -137,19 +136,13 @@ class TransformersRunner:
 
     def _examine(self, files: ModelFiles) -> int:
         """Choose batches or the fallback; return the bytes that one token takes in the cache."""
-        import torch  # noqa: PLC0415
-
         from serve.engine import gate  # noqa: PLC0415
         from serve.engine.alone import AloneForward  # noqa: PLC0415
         from serve.engine.survey import NotBatchable  # noqa: PLC0415
-        from serve.engine.verdicts import VerdictFile  # noqa: PLC0415
 
-        folders = [files.folder] if files.adapter is None else [files.folder, files.adapter]
-        place = self._device.value.type
-        place = torch.cuda.get_device_name(self._device.value) if place == "cuda" else place
-        facts = [torch.__version__, version("transformers"), str(self._dtype.value), place]
+        kept = gate.verdict_file(files, self._dtype.value, self._device.value, self._config.cache_dir)
         try:
-            seen = gate.examine(self._model, VerdictFile(self._config.cache_dir, folders, facts))
+            seen = gate.examine(self._model, kept)
         except NotBatchable as reason:
             self.keeps_prefixes = False
             self.alone_reason = f"{type(self._model).__name__} runs one request at a time: {reason}"

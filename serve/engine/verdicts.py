@@ -1,6 +1,6 @@
 """Keeps what a comparison of a model with itself found, so that the next start need not repeat it.
 
-Torch-free.  The folder is never required: what cannot be read or written there is computed again.
+Torch-free.  No folder is ever required: what cannot be read or written there is computed again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 _SOURCES = ("attention", "flash", "gate", "kv_cache", "packed", "patterns", "scheduler", "survey")
 """Modules of the engine whose change makes a comparison void."""
 
+BESIDE = ".trimaran"
+"""Below a model's folder: verdicts that were made when the folder was baked into an image."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -30,26 +33,29 @@ class Verdict:
 
 
 class VerdictFile:
-    """One verdict on disk, named after everything it depends on.
+    """One verdict on disk, named after everything it depends on; read from beside the model, too.
 
     Args:
-        cache_dir: None keeps nothing.
+        cache_dir: Where it is kept; None keeps nothing.
         folders: The model's and its adapter's.
         facts: Whatever else matters: versions, number format, device.
     """
 
     def __init__(self, cache_dir: Path | None, folders: Iterable[Path], facts: Iterable[str]) -> None:
-        self._path = cache_dir / "batching" / f"{_fingerprint(folders, facts)}.json" if cache_dir else None
+        models = tuple(folders)
+        name = f"batching/{_fingerprint(models, facts)}.json"
+        self._path = cache_dir / name if cache_dir else None
+        self._readable = [*([self._path] if self._path else []), *(model / BESIDE / name for model in models)]
 
     def read(self) -> Verdict | None:
-        """What an earlier start found; None when there was none, or it cannot be read."""
-        if self._path is None:
-            return None
-        try:
-            stored: Any = json.loads(self._path.read_text(encoding="utf-8"))
-            return Verdict(stored["reason"], stored["off_by"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """What an earlier start, or whoever baked the model, found; None when nothing can be read."""
+        for path in self._readable:
+            try:
+                stored: Any = json.loads(path.read_text(encoding="utf-8"))
+                return Verdict(stored["reason"], stored["off_by"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
 
     def write(self, verdict: Verdict) -> None:
         """Keep it; a folder that cannot be written is no error."""
@@ -60,6 +66,7 @@ class VerdictFile:
             handle, name = tempfile.mkstemp(dir=self._path.parent)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(asdict(verdict), file)
+            Path(name).chmod(0o644)  # an image is built by another user than the one that serves
             Path(name).replace(self._path)
         except OSError as error:
             logger.info("The comparison is not kept for the next start: %s", error)

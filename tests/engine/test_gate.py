@@ -17,8 +17,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from serve import compare
 from serve.engine import gate, survey
 from serve.engine.attention import NAME
+from serve.engine.base import EngineConfig, ModelFiles
 from serve.engine.patterns import FULL, Kind, Pattern
 from serve.engine.survey import NotBatchable, agrees
 from serve.engine.verdicts import Verdict, VerdictFile
@@ -165,3 +167,32 @@ def test_verdict_folder_may_be_missing_or_read_only(tmp_path):
     assert VerdictFile(None, [], []).read() is None
     VerdictFile(None, [], []).write(Verdict(None, 0.0))
     assert VerdictFile(tmp_path / "none", [tmp_path], []).read() is None
+
+
+def test_comparison_of_a_build_is_found_by_every_start_in_either_format(demo_model, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "baked"
+    folder.mkdir()
+    for file in demo_model.iterdir():
+        (folder / file.name).symlink_to(file)
+    monkeypatch.setenv("SERVE_MODEL", str(folder))
+    monkeypatch.setenv("SERVE_CACHE_DIR", str(tmp_path / "cache"))
+    assert compare.main() == 0
+    said = capsys.readouterr().err
+    assert [f"in {name}: compared; it will run in batches" in said for name in compare.FORMATS] == [True, True]
+    assert not (tmp_path / "cache").exists()
+
+    monkeypatch.setattr(gate, "compare", lambda *_: pytest.fail("compared again"))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        files = ModelFiles(folder=folder, decode=str, eos_token_ids=frozenset(), max_model_len=64)
+        gate.examine(model, gate.verdict_file(files, dtype, torch.device("cpu"), None))
+        assert model.config._attn_implementation == NAME
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*/*.json")} == {0o644}, "others serve than build"
+
+
+def test_build_compares_no_model_that_would_not_fit_beside_it(tmp_path, monkeypatch):
+    folder = tiny_llama(tmp_path / "model")
+    monkeypatch.setattr(compare, "available_ram", lambda: 1000)
+    monkeypatch.setattr(gate, "examine", lambda *_: pytest.fail("compared"))
+    files = ModelFiles(folder=folder, decode=str, eos_token_ids=frozenset(), max_model_len=64, num_bytes=10_000)
+    assert "not compared: it takes" in compare.compared(files, EngineConfig(), "float32")

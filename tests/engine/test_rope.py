@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import BASE, Family, save
-from tiny import collect, generate_alone, load, request
+from tiny import collect, generate_alone, load, native, request
 
 from serve.engine import gate
 from serve.engine.survey import NotBatchable
@@ -75,3 +75,35 @@ async def test_rope_is_that_of_the_served_context_whoever_runs_beside(tmp_path, 
         together = [answer.token_ids for answer in await asyncio.gather(*(collect(stream) for stream in streams))]
     assert alone == expected
     assert together == expected
+
+
+async def prompt_logprobs(engine: Any, row: list[int]) -> torch.Tensor:
+    """``[len(row) - 1]``: what the engine gives each token of a prompt but the first."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    events = [event async for batch in engine.submit(request(row, params)) for event in batch]
+    return torch.tensor([each.logprob for each in events[0].prompt_logprobs if each])
+
+
+async def test_dynamic_rope_gives_what_transformers_gives_in_a_pass_of_the_served_length(tmp_path):
+    """Its frequencies follow the length of the pass: one as long as the served context is the oracle for any prefix."""
+    torch.set_num_threads(1)
+    folder = save(tmp_path / "model", CASES["dynamic"][0], max_position_embeddings=ORIGINAL)
+    loaded = load(folder, chunk=16, slots=3, num_threads=1, max_model_len=SERVED)
+    draw = random.Random(1)
+    row = [draw.randrange(3, 300) for _ in range(SERVED)]
+
+    def native_logprobs(tokens: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits = native(loaded)(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+    expected = native_logprobs(row)
+    unstretched = (native_logprobs(row[: ORIGINAL - 1]) - expected[: ORIGINAL - 2]).abs().max()
+    assert unstretched > 1e-3, "the length must matter, or this shows nothing"
+    lengths = (5, ORIGINAL, 90, SERVED - 1)
+    async with loaded.running() as engine:
+        alone = [await prompt_logprobs(engine, row[:length]) for length in lengths]
+        together = await asyncio.gather(*(prompt_logprobs(engine, row[:length]) for length in lengths))
+    for length, *found in zip(lengths, alone, together, strict=True):
+        for each in found:
+            assert (each - expected[: length - 1]).abs().max() < 1e-4

@@ -106,6 +106,7 @@ def test_baked_weights_need_neither_network_nor_cache(baked: Image, hub: Hub) ->
         assert served.client.get("/v1/models").json()["data"][0]["id"] == MODEL_ID
         assert f'"pkg:huggingface/{MODEL_ID}"' in baked.bill().read_text()
         assert "Paris" in answer(served)
+        assert "compared before" in served.container.log
     assert len(hub.requests) == before
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import adapter_files, model_files, write
-from modal_local import ROOT, Deployed, deployed, modal_deploy
+from modal_local import ROOT, Deployed, deployed, modal_deploy, volume_ids
 from modal_proto import api_pb2 as pb
 
 from trimaran.emulate.modal.service import Emulator
@@ -88,10 +88,13 @@ def test_mounts_are_the_adapter_and_all_of_serve(web):
     assert any(name.endswith(".html") for name in web.files)
 
 
-def test_volume_is_read_only_for_the_container(web):
-    (mount,) = web.function.volume_mounts
-    assert (mount.mount_path, mount.read_only) == ("/models", True)
-    assert web.emulator.volumes[mount.volume_id].deployment_name == "trimaran-models"
+def test_weights_are_read_only_for_the_container_and_what_a_start_finds_out_is_kept(web):
+    found = {
+        mount.mount_path: (web.emulator.volumes[mount.volume_id].deployment_name, mount.read_only)
+        for mount in web.function.volume_mounts
+    }
+    assert found == {"/models": ("trimaran-models", True), "/cache": ("trimaran-models-cache", False)}
+    assert web.variables[1]["SERVE_CACHE_DIR"] == "/cache"
 
 
 def test_changed_settings_make_no_new_image(account):
@@ -152,7 +155,10 @@ def test_knobs_reach_modal(account):
     assert (hook.requires_proxy_auth, hook.requested_suffix) == (True, "my-llm")
     assert function.experimental_options["enable_gpu_snapshot"] == "True"
     assert (function.app_name, made.published.name) == ("my.app", "my.app")
-    assert account.volumes[function.volume_mounts[0].volume_id].deployment_name == "elsewhere"
+    assert {account.volumes[mount.volume_id].deployment_name for mount in function.volume_mounts} == {
+        "elsewhere",
+        "elsewhere-cache",
+    }
     assert {"SERVE_API_KEYS": "stored"} in made.variables
 
 
@@ -228,7 +234,7 @@ def test_local_model_is_uploaded_whole_and_served_from_the_volume(tmp_path, acco
     assert re.fullmatch(r"/models/my-model-[0-9a-f]{12}", public["SERVE_MODEL"])
     assert public["SERVE_MODEL_NAME"] == "my-model"
     assert made.published.name == "my-model"
-    (volume_id,) = account.volumes
+    volume_id = volume_ids(account)["trimaran-models"]
     uploaded = account.store.volume(volume_id) / Path(public["SERVE_MODEL"]).name
     assert {path.name for path in uploaded.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     for path in uploaded.iterdir():
@@ -248,7 +254,7 @@ def test_local_adapter_of_a_local_base_points_to_the_base_on_the_volume(tmp_path
     done = modal_deploy(account, SERVE_ENGINE="", SERVE_MODEL=str(adapter))
     assert done.returncode == 0, done.stdout + done.stderr
     made = Deployed(account, "")
-    (volume_id,) = account.volumes
+    volume_id = volume_ids(account)["trimaran-models"]
     target = made.variables[1]["SERVE_MODEL"]
     config = json.loads((account.store.volume(volume_id) / Path(target).name / "adapter_config.json").read_text())
     assert re.fullmatch(r"/models/base-[0-9a-f]{12}", config["base_model_name_or_path"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import adapter_files, model_files
 from fake_hub import NEW, OLD, Hub, serving_hub
-from modal_local import Deployed, modal_deploy
+from modal_local import Deployed, modal_deploy, volume_ids
 from modal_proto import api_pb2 as pb
 
 from trimaran.emulate.modal.control import SUCCESS
@@ -41,8 +41,7 @@ def from_hub(account: Emulator, model: str, **environment: str) -> tuple[Deploye
 
 
 def volume(account: Emulator) -> Path:
-    (volume_id,) = account.volumes
-    return account.store.volume(volume_id)
+    return account.store.volume(volume_ids(account)["trimaran-models"])
 
 
 def all_files(folder: Path) -> set[str]:
@@ -126,7 +125,7 @@ def test_hub_that_cannot_be_reached_leaves_a_guess_and_says_so(monkeypatch, tmp_
         assert made.variables[1]["SERVE_MODEL"] == "/models/Qwen--Qwen3-4B/default"
         (built,) = [request.image.build_function for request in account.images.values() if request.build_function_id]
         arguments = pickle.loads(built.input.args)[0]  # noqa: S301 - made by this test
-        assert arguments[:3] == (next(iter(account.volumes)), "Qwen/Qwen3-4B", None)
+        assert arguments[:3] == (volume_ids(account)["trimaran-models"], "Qwen/Qwen3-4B", None)
         assert "*.safetensors" in arguments[3]
 
 

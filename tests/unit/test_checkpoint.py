@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,24 @@ def test_eos_ids_come_from_the_generation_config_first(
 )
 def test_context_length_under_its_different_names(config: dict[str, Any], expected: int | None) -> None:
     assert checkpoint.context_length(config) == expected
+    assert checkpoint.longest_context(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 8192),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, 4096),
+        ({"text_config": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.5}}}, 3072),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": "4"}}, 2048),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": math.inf}}, 2048),
+    ],
+)
+def test_only_dynamic_rope_reaches_beyond_the_models_own_context(rope: dict[str, Any], expected: int) -> None:
+    config = {"max_position_embeddings": 2048, **rope}
+    assert checkpoint.longest_context(config) == expected
+    assert checkpoint.context_length(config) == 2048
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ def test_weights_layer_has_just_the_files_that_baking_imports() -> None:
     assert set(copied[1].split()) == needed
 
 
+def test_baked_model_is_compared_once_its_code_is_there_and_below_the_weights_place() -> None:
+    """In the stage that both images grow from; with the cache that the weights layer filled."""
+    code, compared = DOCKERFILE.index("COPY serve serve"), DOCKERFILE.index("python -m serve.compare")
+    assert code < compared < DOCKERFILE.index(" AS runpod")
+    step = DOCKERFILE[DOCKERFILE.rindex("\nRUN", 0, compared) : compared]
+    assert 'if [ -n "${MODEL_ID}" ]' in step
+    assert "HF_HOME=/models/hf HF_HUB_OFFLINE=1" in step
+    assert 'SERVE_MODEL="${MODEL_ID}" SERVE_MODEL_REVISION="${MODEL_REVISION}"' in step
+
+
 def test_image_requirements_are_the_projects() -> None:
     spec = importlib.util.spec_from_file_location("requirements", ROOT / "deploy" / "image" / "requirements.py")
     assert spec

@@ -25,7 +25,7 @@ def snapshot(tmp_path: Path) -> Path:
 def chosen(volume: Path, **environment: str) -> dict[str, str]:
     environ = {"SERVE_MODEL": MODEL, **environment}
     choose(environ, volume)
-    return environ
+    return {name: value for name, value in environ.items() if name != "SERVE_CACHE_DIR"}
 
 
 @pytest.mark.parametrize("has_ref", [True, False])
@@ -54,6 +54,18 @@ def test_an_interrupted_download_is_never_used(tmp_path: Path, snapshot: Path):
 def test_the_image_comes_before_the_volume(tmp_path: Path):
     assert "HF_HUB_CACHE" not in chosen(tmp_path, HF_HUB_OFFLINE="1", HF_HOME="/models/hf")
     assert chosen(tmp_path)["HF_HUB_CACHE"] == str(tmp_path / CACHE)
+
+
+@pytest.mark.parametrize("model", [MODEL, "/models/mine"])
+def test_what_a_worker_finds_out_stays_on_a_volume_for_the_next_one(tmp_path: Path, model: str):
+    for given, volume, expected in (
+        ({}, tmp_path, str(tmp_path / "trimaran")),
+        ({"SERVE_CACHE_DIR": "/mine"}, tmp_path, "/mine"),
+        ({}, tmp_path / "absent", None),
+    ):
+        environ = {"SERVE_MODEL": model, **given}
+        choose(environ, volume)
+        assert environ.get("SERVE_CACHE_DIR") == expected
 
 
 def test_without_a_volume_the_hub_is_asked(tmp_path: Path):

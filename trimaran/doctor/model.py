@@ -152,7 +152,7 @@ def _tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
 def context(situation: Situation) -> Findings:
     """A context longer than the model's."""
     wanted = situation.settings.max_model_len
-    own = checkpoint.context_length(situation.source.config) if situation.source else None
+    own = checkpoint.longest_context(situation.source.config) if situation.source else None
     if wanted and own and wanted > own:
         yield Finding(
             "context-too-long",

@@ -76,9 +76,9 @@ def examine(model: str, revision: str | None, context: int | None, gguf_file: st
         return _gguf_need(model, revision, context, gguf_file)
     weights.check_name(model, "MODEL")
     source = weights.locate(model, revision)
-    own = checkpoint.context_length(source.config)
-    if context and own and context > own:
-        raise ConfigError(f"--context {context} exceeds the model's context of {own} tokens; lower it")
+    own, longest = checkpoint.context_length(source.config), checkpoint.longest_context(source.config)
+    if context and longest and context > longest:
+        raise ConfigError(f"--context {context} exceeds the model's context of {longest} tokens; lower it")
     context = context or min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
     stored = list(_stored(source))
     need = _from_config(source.config, model, context, stored)
