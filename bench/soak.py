@@ -191,15 +191,27 @@ async def settle(client: httpx2.AsyncClient) -> int:
     return left
 
 
+def floors(samples: Sequence[tuple[float, float]], num_windows: int = 10) -> list[tuple[float, float]]:
+    """The least value of each of some windows: what is kept, without what single requests take for a moment."""
+    size = max(1, len(samples) // num_windows)
+    return [min(samples[at : at + size], key=lambda sample: sample[1]) for at in range(0, len(samples), size)]
+
+
 def slope(samples: Sequence[tuple[float, float]]) -> float:
-    """MiB per minute, by least squares over the second half: the first is warming up."""
-    half = samples[len(samples) // 2 :]
+    """MiB per minute, by least squares over the floors of the second half: the first is warming up."""
+    half = floors(samples[len(samples) // 2 :])
     if len(half) < 2:
         return 0.0
     times, values = [at for at, _ in half], [value for _, value in half]
     middle, mean = sum(times) / len(times), sum(values) / len(values)
     spread = sum((at - middle) ** 2 for at in times)
     return 60 * sum((at - middle) * (value - mean) for at, value in half) / spread if spread else 0.0
+
+
+def warmed_up(samples: Sequence[tuple[float, float]]) -> float:
+    """MiB by which the floor rose in the first half."""
+    found = floors(samples)
+    return found[len(found) // 2][1] - samples[0][1]
 
 
 async def run_storm(storm: Storm, seconds: float, num_clients: int, pid: int | None) -> None:
@@ -231,7 +243,8 @@ def report(storm: Storm, seconds: float) -> str:
         ["shed with Retry-After", str(storm.counts["shed"])],
         ["leaked slots", str(storm.leaked)],
         ["memory, end, MiB", f"{storm.memory[-1][1]:.0f}" if storm.memory else "unknown"],
-        ["memory slope, MiB a minute", f"{slope(storm.memory):.2f}" if storm.memory else "unknown"],
+        ["memory gained in the first half, MiB", f"{warmed_up(storm.memory):.0f}" if storm.memory else "unknown"],
+        ["memory slope of the second half, MiB a minute", f"{slope(storm.memory):.2f}" if storm.memory else "unknown"],
         ["event loop's lag, p99, ms", f"{1000 * percentile(storm.lag_s, 99):.1f}"],
         ["/health, p99, ms", f"{1000 * percentile(storm.health_s, 99):.1f}"],
         ["/health, not 200", str(storm.counts["unhealthy"])],
@@ -245,12 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="a model's folder; left out: the echo engine")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="of the model, so that clients keep a core")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     engine = {"SERVE_MODEL": options.model, "SERVE_DTYPE": "float32"} if options.model else {"SERVE_ENGINE": "echo"}
     port, key, before = free_port(), "sk-soak", load_average()
     environment = {"SERVE_PORT": str(port), "SERVE_API_KEYS": key, "SERVE_MAX_BATCH_SIZE": str(options.slots), **engine}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"SERVE_THREADS": str(options.threads), "PYTHONPATH": str(Path(__file__).parents[1])}
     max_queue = max(1, options.slots // 2)
     environment |= {"SERVE_MAX_QUEUE": str(max_queue), "SERVE_LOG_LEVEL": "warning"}
     try:

@@ -26,6 +26,9 @@ MEMORY_SHARE = 0.4
 
 PACKABLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
+EXACT_ROWS, FINE_ROWS = 16, 128
+"""Up to the first every number of rows has kernels of its own, up to the second every fourth, then every sixteenth."""
+
 TOLERANCE = 0.1
 """Of the spread of the logits.  Other kernels round bfloat16 sums differently; a wrong layout is off by the spread."""
 
@@ -41,7 +44,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return _apply(x, self._packed, self.bias)
+        num_rows = x.numel() // self.in_features
+        num_padding = padded_rows(num_rows) - num_rows
+        if not num_padding:
+            return _apply(x, self._packed, self.bias)
+        rows = functional.pad(x.reshape(num_rows, self.in_features), (0, 0, 0, num_padding))
+        return _apply(rows, self._packed, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
+
+
+def padded_rows(num_rows: int) -> int:
+    """The rows that are computed in place of ``num_rows``.
+
+    oneDNN writes machine code for each number of rows and each shape of a weight, and never drops all of it: about half
+    a MiB, so that prompts of every length would add more than a GiB to a small model.
+    """
+    step = 1 if num_rows <= EXACT_ROWS else 4 if num_rows <= FINE_ROWS else 16
+    return -(-num_rows // step) * step
 
 
 def _reorder(weight: Tensor) -> Tensor:

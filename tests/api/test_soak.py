@@ -8,7 +8,7 @@ import httpx2 as httpx
 import pytest
 from support import serving
 
-from bench.soak import PROMPTS, Storm, main, slope, text_of
+from bench.soak import PROMPTS, Storm, main, slope, text_of, warmed_up
 
 
 def storm() -> Storm:
@@ -46,6 +46,12 @@ def test_soak_reads_the_slope_of_the_second_half():
     warm_up = [(float(at), 10.0 * at) for at in range(30)]
     assert slope([*warm_up, *((30.0 + at, 300.0) for at in range(30))]) == pytest.approx(0)
     assert slope([*warm_up, *((30.0 + at, 300.0 + at) for at in range(30))]) == pytest.approx(60)
+
+
+def test_soak_tells_memory_of_the_moment_from_memory_that_is_kept():
+    kept = [(float(at), 500.0 + min(at, 40) + 30 * (at % 7 > 0)) for at in range(200)]
+    assert slope(kept) == pytest.approx(0)
+    assert warmed_up(kept) == pytest.approx(40)
 
 
 def test_soak_of_a_moment_loses_nothing(capsys: pytest.CaptureFixture[str]):

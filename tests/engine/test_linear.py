@@ -29,7 +29,9 @@ def test_packed_operators_exist_in_this_torch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 576, 1536), (7, 33, 5), (64, 96, 257)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 576, 1536), (7, 33, 5), (17, 96, 5), (64, 96, 257), (130, 64, 32)]
+)
 def test_packed_linear_computes_what_linear_does(
     dtype: torch.dtype, bias: bool, rows: int, inputs: int, outputs: int
 ) -> None:
@@ -40,6 +42,30 @@ def test_packed_linear_computes_what_linear_does(
         expected, got = plain(x).float(), linear.PackedLinear(plain)(x).float()
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.02)
+
+
+def test_packed_linear_takes_batches_of_rows() -> None:
+    plain, x = nn.Linear(24, 40), torch.randn(3, 7, 24)
+    with torch.inference_mode():
+        assert torch.allclose(linear.PackedLinear(plain)(x), plain(x), atol=1e-5)
+
+
+def test_packed_linear_is_compiled_for_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code of every number of rows stays in memory: half a MiB each, for each shape of a weight."""
+    computed: set[int] = set()
+    apply = linear._apply
+
+    def count(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.add(x.numel() // x.shape[-1])
+        return apply(x, *rest)
+
+    monkeypatch.setattr(linear, "_apply", count)
+    layer = linear.PackedLinear(nn.Linear(8, 8))
+    with torch.inference_mode():
+        for num_rows in range(1, 545):
+            assert layer(torch.ones(1, num_rows, 8)).shape == (1, num_rows, 8)
+    assert len(computed) <= 72
+    assert computed >= set(range(1, 17)), "decode steps are not padded"
 
 
 @pytest.fixture
