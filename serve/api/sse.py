@@ -69,6 +69,7 @@ class WritePace:
 
     def __init__(self, writes_per_s: int | None = None) -> None:
         self._writes_per_s = writes_per_s
+        self.is_bounded = writes_per_s is not None
         self.num_streams = 0
 
     async def rest(self) -> None:
@@ -98,7 +99,8 @@ async def event_frames(choices: Choices, shape: Shape, keep_alive_s: float, pace
             if error is not None:
                 yield shape.failed(error)
                 return
-            await pace.rest()
+            if pace.is_bounded:
+                await pace.rest()
             events = await choices.next()
     except Exception:
         logger.exception("Unexpected error in a stream")

@@ -6,7 +6,6 @@ Torch-free: tests and the ``echo`` engine import this file alone.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -108,8 +107,8 @@ class TokenStream:
         self.has_started = False
         self.is_finished = False
         self._abort = abort
-        self._events: deque[TokenEvent] = deque()
-        self._arrived = asyncio.Event()
+        self._events: list[TokenEvent] = []
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: TokenEvent) -> None:
         """Deliver one event.  Only called on the event loop; ignored after the end."""
@@ -118,7 +117,8 @@ class TokenStream:
         self.has_started = True
         self.is_finished = event.finish_reason is not None
         self._events.append(event)
-        self._arrived.set()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def fail(self, error: ServeError) -> None:
         """End the stream with ``error`` and abort the request."""
@@ -133,14 +133,13 @@ class TokenStream:
             self._abort(self.request_id)
 
     async def next(self) -> tuple[TokenEvent, ...]:
-        """Wait for at least one event; empty after the last one."""
-        if not self._events and self.is_finished:
-            return ()
-        await self._arrived.wait()
-        events = tuple(self._events)
-        self._events.clear()
-        if not self.is_finished:
-            self._arrived.clear()
+        """Wait for at least one event; empty after the last one.  One reader at a time."""
+        if not self._events:
+            if self.is_finished:
+                return ()
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        events, self._events = tuple(self._events), []
         return events
 
     async def __aiter__(self) -> AsyncIterator[tuple[TokenEvent, ...]]:

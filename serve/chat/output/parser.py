@@ -74,8 +74,7 @@ class OutputParser:
 
     def push(self, text: str) -> list[Part]:
         """The parts that more text makes certain."""
-        self.reader.feed(text)
-        return self._advance()
+        return self._taken() if self.reader.feed(text) else self._advance()
 
     def finish(self, *, is_truncated: bool) -> list[Part]:
         """The rest.  ``is_truncated``: the model would have written more."""
@@ -89,6 +88,9 @@ class OutputParser:
     def _advance(self) -> list[Part]:
         if self._reading is not None and next(self._reading, self) is self:
             self._reading = None
+        return self._taken()
+
+    def _taken(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
 
@@ -162,6 +164,8 @@ class _Lines:
 
     def add(self, text: str) -> str:
         """What is certain to be text."""
+        if not (self._held or self._strips_next or text.endswith("\n")):
+            return text
         text = self._held + text
         if self._strips_next:
             text = text.lstrip("\n")

@@ -31,6 +31,10 @@ class Markers:
         self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
         self._pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
+    def may_begin_in(self, text: str) -> bool:
+        """Whether a marker, or a beginning of one, can be in ``text``.  Cheap, and True too often."""
+        return self._starts.search(text) is not None
+
     def find(self, text: str) -> tuple[int, str] | None:
         """Place and text of the first marker."""
         found = self._pattern.search(text)
@@ -54,10 +58,17 @@ class Reader:
         self._text = ""
         self._is_ended = False
         self._record: list[str] = []
+        self._passing: tuple[Markers, Sink] | None = None
+        """Where text goes as it is, up to one of the markers, while everything before it was read."""
 
-    def feed(self, text: str) -> None:
-        """More text."""
-        self._text += text
+    def feed(self, text: str) -> bool:
+        """More text.  True: it is read already, since nothing can begin in it that its reader waits for."""
+        if self._passing is None or self._passing[0].may_begin_in(text):
+            self._text += text
+            return False
+        self._record.append(text)
+        self._passing[1](text)
+        return True
 
     def end(self) -> None:
         """There is no more."""
@@ -100,7 +111,10 @@ class Reader:
             ready = len(self._text) - markers.unfinished(self._text)
             if ready:
                 sink(self.take(ready))
-            if not (yield from self.more()):
+            self._passing = None if self._text else (markers, sink)
+            has_more = yield from self.more()
+            self._passing = None
+            if not has_more:
                 sink(self.take(len(self._text)))
                 return None
 
