@@ -59,13 +59,11 @@ def verify(
     """
     from trimaran.verify import reference as golden  # noqa: PLC0415
     from trimaran.verify import report  # noqa: PLC0415
-    from trimaran.verify.target import Target, nobody_there  # noqa: PLC0415
+    from trimaran.verify.target import Target  # noqa: PLC0415
 
     check_address(url)
     sent = parse_headers(headers)
-    if not is_told_to_wait() and (why := nobody_there(url)):
-        click.echo(f"trimaran: {why}", err=True)
-        sys.exit(NO_ANSWER)
+    _check_listener(url)
     wanted = golden.read(reference) if reference else None
     with Target(url, key.partition(",")[0].strip(), timeout, sent) as target:
         with waiting("Waiting until the server is ready"):
@@ -90,6 +88,14 @@ def verify(
             click.echo("\n".join(["", *report.waterfall(phases), "", report.summary(outcomes)]))
     if not report.is_good(outcomes):
         sys.exit(NOT_AS_PROMISED)
+
+
+def _check_listener(url: str) -> None:
+    from trimaran.verify.target import nobody_there  # noqa: PLC0415
+
+    if not is_told_to_wait() and (why := nobody_there(url)):
+        click.echo(f"trimaran: {why}", err=True)
+        sys.exit(NO_ANSWER)
 
 
 def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterator[Outcome]:
