@@ -37,10 +37,7 @@ KNOBS = {  # SERVE_MODAL_<name>: its default, and what it does.  docs/reference/
     "STARTUP_TIMEOUT": ("1800", "Seconds that a container may take to start."),
     "PROXY_AUTH": ("false", "`true`: Modal wakes nothing for requests without `Modal-Key` and `Modal-Secret`."),
     "SECRET": ("", "Name of a secret that is stored at Modal, for instance with `SERVE_API_KEYS` in it."),
-    "VOLUME": (
-        "trimaran-models",
-        "Volume for the weights; a second one, named `-cache` after it, has what starts found out.",
-    ),
+    "VOLUME": ("trimaran-models", "Volume for the weights; what starts found out is in another, `<name>-cache`."),
     "LABEL": ("", "Own label in the address of `web`: `<workspace>--<label>.modal.run`."),
     "NAME": ("", "The app's name. Default: from the model's."),
 }
