@@ -80,6 +80,8 @@ async def start_chat(
         wanted = min(wanted, max(1, (lifecycle.max_model_len or 0) - len(plan.prompt)))
     check_room(len(plan.prompt), wanted, ("messages", name), lifecycle.max_model_len or 0)
     params = replace(sampling_params(body, wanted, lifecycle), grammar=plan.grammar)
+    if plan.demands:
+        params = replace(params, stop=(), stop_token_ids=frozenset())
     if body.logprobs:
         params = replace(params, logprobs=body.top_logprobs or 0)
     choices = submit(lifecycle, [plan.prompt], params, body.n or 1, record)

@@ -35,6 +35,8 @@ class ChatPlan:
     parser: MakeParser
     is_single: bool
     """At most one call is wanted."""
+    demands: bool = False
+    """A call must come, which no stop string or stop token cuts."""
 
 
 async def chat_prompt(body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float) -> tuple[int, ...]:
@@ -79,7 +81,7 @@ async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_
             raise InvalidRequest(message, param=param) from None
     known = Tools(tools.tools)
     parser = await lifecycle.read(lambda chat: work.parser(chat, prompt, known), received_at)
-    return ChatPlan(prompt, grammar, parser, tools.is_single)
+    return ChatPlan(prompt, grammar, parser, tools.is_single, tools.demands)
 
 
 @dataclass(frozen=True, slots=True)

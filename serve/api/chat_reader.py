@@ -52,7 +52,8 @@ class ChatReader:
         """The next piece of the choice."""
         parts = self._parts(event)
         finish_reason: Any = event.finish_reason.value if event.finish_reason else None
-        if event.finish_reason is FinishReason.STOP and self._parser and self._parser.num_calls:
+        parser = self._parser
+        if event.finish_reason is FinishReason.STOP and parser and parser.num_calls and not parser.is_cut:
             finish_reason = FinishReason.TOOL_CALLS.value
         logprobs = self._logprobs(event, parts) if self._token_bytes else ()
         return Piece(parts, logprobs, finish_reason)
@@ -73,7 +74,8 @@ class ChatReader:
         self.reasoning_tokens += parser.is_reasoning and event.token_id is not None
         parts = parser.push(event.text) if event.text else []
         if event.finish_reason is not None:
-            parts += parser.finish(is_truncated=event.finish_reason is FinishReason.LENGTH)
+            is_truncated = event.finish_reason is FinishReason.LENGTH or event.stop is not None
+            parts += parser.finish(is_truncated=is_truncated)
         return [part for part in parts if not (self._is_single and part.call and part.call.index)]
 
 

@@ -14,6 +14,9 @@ SWITCHES = ("enable_thinking", "thinking", "think")
 _LEVELS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 """Templates that have levels know these three."""
 
+_HARDLY = frozenset({"none", "minimal"})
+"""What a model that never reasons can do."""
+
 
 def effort_variables(effort: str, variables: Set[str], output: OutputFormat) -> dict[str, Any]:
     """The template's variables for a ``reasoning_effort``.
@@ -24,12 +27,13 @@ def effort_variables(effort: str, variables: Set[str], output: OutputFormat) -> 
         output: Whether the model reasons at all.
 
     Raises:
-        UnsupportedParameter: the template cannot do it.
+        UnsupportedParameter: the template cannot do it.  Where the model never reasons, ``none`` and ``minimal``
+            need no switch.
     """
     found: dict[str, Any] = {name: effort != "none" for name in SWITCHES if name in variables}
     if "reasoning_effort" in variables and effort != "none":
         found["reasoning_effort"] = _LEVELS[effort]
-    if found or (effort == "none" and not output.thinks):
+    if found or (effort in _HARDLY and not output.thinks):
         return found
     what = "cannot be told not to reason" if effort == "none" else "has no switch for its reasoning"
     raise UnsupportedParameter(

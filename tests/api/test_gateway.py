@@ -69,7 +69,8 @@ def test_client_that_leaves_frees_the_remote(pair: tuple[Served, Served, httpx.C
     try:
         if stream:
             with client.stream("POST", COMPLETIONS, json=chat("x" * 2000, stream=True)) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # kept: an iterator that is dropped closes the connection
+                next(lines)
                 assert not remote.is_idle()
         else:
             client.post(COMPLETIONS, json=chat("x" * 2000), timeout=0.5)

@@ -57,7 +57,8 @@ def test_streams_are_those_of_the_route(client: httpx.Client) -> None:
 
 def test_client_that_leaves_ends_the_request(client: httpx.Client, served: Served) -> None:
     with client.stream("POST", INVOCATIONS, json=chat("x" * 3000, stream=True)) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: an iterator that is dropped closes the connection
+        next(lines)
         assert not served.is_idle()
     eventually(served.is_idle)
     with pytest.raises(httpx.TimeoutException):

@@ -102,7 +102,8 @@ def test_logs_of_a_stream_that_nobody_read_to_its_end_say_abort() -> None:
     step = "from serve.engine import echo; echo.EchoEngine.__init__.__kwdefaults__['step_s'] = 0.01"
     with running(before=step) as server:
         with httpx.stream("POST", server.url + COMPLETIONS, json=chat("x" * 4000, stream=True)) as response:
-            next(response.iter_raw())
+            pieces = response.iter_raw()  # kept: an iterator that is dropped closes the connection
+            next(pieces)
         eventually(lambda: len(request_lines(server.log)) == 1)
         (line,) = request_lines(server.log)
 

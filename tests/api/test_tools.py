@@ -214,6 +214,8 @@ def test_harmony_channels(tmp_path: Path) -> None:
         ("harmony", "none", 400),
         ("plain", "high", 400),
         ("plain", "none", 200),
+        ("plain", "minimal", 200),
+        ("opened", "minimal", 400),
         ("plain", "enormous", 400),
     ],
 )

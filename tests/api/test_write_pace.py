@@ -40,5 +40,6 @@ def test_pace_forgets_streams_that_ended():
     with support.serving(EchoEngine(step_s=0.005), stream_writes_per_s=1000) as served:
         assert stream(served.url)[0] == TEXT
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=support.chat(TEXT, stream=True)) as answer:
-            next(answer.iter_raw())
+            pieces = answer.iter_raw()  # kept: an iterator that is dropped closes the connection
+            next(pieces)
         support.eventually(lambda: served.app.state.pace.num_streams == 0)

@@ -118,6 +118,10 @@ def test_every_example_is_listed_and_run() -> None:
 def test_packages_of_the_examples_are_pinned() -> None:
     wanted = json.loads((EXAMPLES / "package.json").read_text(encoding="utf-8"))["dependencies"]
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted.values())
+    packages = json.loads((EXAMPLES / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    assert packages.pop("")["dependencies"] == wanted
+    assert {name.removeprefix("node_modules/") for name in packages} > set(wanted)
+    assert all("integrity" in package and "resolved" not in package for package in packages.values())
     lock = (EXAMPLES.parent / "requirements-examples.lock").read_text(encoding="utf-8").lower()
     for line in (EXAMPLES / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

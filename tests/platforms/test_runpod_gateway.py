@@ -72,7 +72,8 @@ def test_client_that_leaves_cancels_the_job(slow: tuple[LocalRunpod, WorkerProce
     local, _ = slow
     with gateway(local) as client:
         with client.stream("POST", COMPLETIONS, json=chat("x" * 1500, stream=True)) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: an iterator that is dropped closes the connection
+            next(lines)
         eventually(lambda: any(job.status.value == "CANCELLED" for job in local.plane.board.jobs.values()))
 
 

@@ -124,7 +124,9 @@ class ChatCompletionRequest(SamplingFields, StructuredFields):
     web_search_options: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="In the words of the model's chat template; 400 where it has none for it."
+        None,
+        description="In the words of the model's chat template, 400 where it has none for it; a model that never "
+        "reasons takes none and minimal.",
     )
     verbosity: str | None = None
     safety_identifier: str | None = None

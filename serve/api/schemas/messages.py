@@ -180,7 +180,9 @@ class MessagesRequest(CountTokensRequest):
     inference_geo: str | None = None
     stop_sequences: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True)
-    ] = Field(None, description="Where to end; the text holds nothing of it.")
+    ] = Field(
+        None, description="Where to end; the text holds nothing of it. A tool_use that tool_choice demands is not cut."
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     temperature: Annotated[float | None, Field(ge=0, le=1, description="0 is greedy.")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="Keep the likeliest tokens up to this sum.")] = None

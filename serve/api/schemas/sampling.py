@@ -40,7 +40,11 @@ class SamplingFields(RequestBody):
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)]
         | None
-    ) = Field(None, description="Where to end; the text holds nothing of it.")
+    ) = Field(
+        None,
+        description="Where to end; the text holds nothing of it. Neither this nor stop_token_ids cuts a call that "
+        "tool_choice demands.",
+    )
     stop_token_ids: Annotated[
         list[int] | None, Field(max_length=MAX_STOP_TOKENS, description="Tokens to end at, as at the end of sequence.")
     ] = None

@@ -1,8 +1,8 @@
 """The frame of all families' parsers: content and reasoning stream, a call is given out when it is complete.
 
-A malformed call is text, exactly as the model wrote it, and one that max_tokens cut off is left out: a client that
-was already told half of it could not be told so any more.  Everything ends in :class:`Part` pieces that, joined, do
-not depend on how the text was cut.
+A malformed call is text, exactly as the model wrote it, and one that max_tokens or a stop string cut off is left out:
+a client that was already told half of it could not be told so any more.  Everything ends in :class:`Part` pieces that,
+joined, do not depend on how the text was cut.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class OutputParser:
         self.reader = Reader()
         self.is_reasoning = is_reasoning
         self.num_calls = 0
+        self.is_cut = False
+        """Whether the last call that was begun has no end."""
         self.is_truncated = False
         self.reads_calls = reads_calls
         self._think_openers = tuple(self.think_openers) if thinks else ()
