@@ -49,14 +49,26 @@ def cpu_s(pid: int) -> float:
 
 def memory_mib(pid: int) -> float:
     """Memory of a process tree in MiB; pages shared by n processes count 1/n each."""
-    kib = 0
-    for member in tree(pid):
-        try:
-            lines = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="ascii").splitlines()
-        except OSError:
-            continue
-        kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return kib / 1024
+    return sum(_rollup_kib(member, {"Pss:"}) for member in tree(pid)) / 1024
+
+
+def private_memory_mib(pid: int) -> float:
+    """Memory in MiB that a process tree shares with no other process, so that what others do does not change it.
+
+    Where the kernel does not tell it apart, it is all that is resident.
+    """
+    if Path("/proc/self/smaps_rollup").exists():
+        return sum(_rollup_kib(member, {"Private_Clean:", "Private_Dirty:"}) for member in tree(pid)) / 1024
+    answer = subprocess.run(["/bin/ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return int(answer.stdout.strip() or 0) / 1024
+
+
+def _rollup_kib(pid: int, names: set[str]) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:  # it ended meanwhile
+        return 0
+    return sum(int(fields[1]) for line in lines if (fields := line.split())[0] in names)
 
 
 def cores() -> tuple[int, int]:

@@ -24,7 +24,7 @@ import httpx2
 
 from bench.attacks import BAD_BODIES, attack
 from bench.figures import load_average, machine, percentile, table
-from bench.processes import HOST, BenchError, free_port, memory_mib, server, wait_until_ready
+from bench.processes import HOST, BenchError, free_port, private_memory_mib, server, wait_until_ready
 
 PATH = "/v1/chat/completions"
 KINDS = {"plain": 30, "stream": 30, "slow": 8, "cancelled": 15, "bad": 10, "hostile": 7}
@@ -158,7 +158,7 @@ async def work(client: httpx2.AsyncClient, storm: Storm, until: float) -> None:
 
 
 async def watch(client: httpx2.AsyncClient, storm: Storm, pid: int | None) -> None:
-    """Health ten times a second; the loop's lag and the memory once a second."""
+    """Health ten times a second; the loop's lag and the private memory once a second."""
     for tick in range(10**9):
         began = time.monotonic()
         try:
@@ -169,7 +169,7 @@ async def watch(client: httpx2.AsyncClient, storm: Storm, pid: int | None) -> No
             if tick % 10 == 0:
                 storm.lag_s.append((await gauges(client))["event_loop_lag_seconds"])
                 if pid is not None:
-                    storm.memory.append((began, memory_mib(pid)))
+                    storm.memory.append((began, private_memory_mib(pid)))
         except httpx2.HTTPError as error:
             storm.note("unhealthy", f"{type(error).__name__}: {error}")
         await asyncio.sleep(0.1)
@@ -242,7 +242,8 @@ def report(storm: Storm, seconds: float) -> str:
         ["lost", str(storm.counts["lost"])],
         ["shed with Retry-After", str(storm.counts["shed"])],
         ["leaked slots", str(storm.leaked)],
-        ["memory, end, MiB", f"{storm.memory[-1][1]:.0f}" if storm.memory else "unknown"],
+        ["private memory, start, MiB", f"{storm.memory[0][1]:.0f}" if storm.memory else "unknown"],
+        ["private memory, end, MiB", f"{storm.memory[-1][1]:.0f}" if storm.memory else "unknown"],
         ["memory gained in the first half, MiB", f"{warmed_up(storm.memory):.0f}" if storm.memory else "unknown"],
         ["memory slope of the second half, MiB a minute", f"{slope(storm.memory):.2f}" if storm.memory else "unknown"],
         ["event loop's lag, p99, ms", f"{1000 * percentile(storm.lag_s, 99):.1f}"],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -169,3 +170,28 @@ def test_section_replaces_what_is_between_its_markers(tmp_path: Path):
         assert page.read_text() == f"before\n<!-- a -->\n{text}\n<!-- /a -->\nafter\n"
     with pytest.raises(ValueError, match="has no <!-- b -->"):
         write_section(page, "b", "text")
+
+
+def test_private_memory_is_what_no_other_process_shares(tmp_path: Path):
+    path, size = tmp_path / "library", 32 << 20
+    path.write_bytes(b"x" * size)
+    share = f"import mmap\nfile = open({str(path)!r}, 'rb')\nheld = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
+    share += "\nheld.find(b'y')"
+    wait = "\nprint('mapped', flush=True)\ninput()"
+
+    def private(script: str) -> float:
+        with subprocess.Popen(
+            [sys.executable, "-c", script + wait], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "mapped\n"
+            found = processes.private_memory_mib(process.pid)
+            process.communicate("\n")
+            return found
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as held:
+        assert held.find(b"y") == -1  # touches every page
+        plain, shared = private("pass"), private(share)
+        grown = private(f"held = b'x' * {size}")
+    assert abs(shared - plain) < 4
+    assert 28 < grown - plain < 36
