@@ -82,7 +82,8 @@ class Ready:
     """A loaded runner whose ``prepare`` and ``load`` do nothing."""
 
     def __init__(self, runner: TransformersRunner) -> None:
-        self.num_slots, self.max_model_len, self.step = runner.num_slots, runner.max_model_len, runner.step
+        self.num_slots, self.max_model_len, self.launch = runner.num_slots, runner.max_model_len, runner.launch
+        self.overlaps = runner.overlaps
         self.reseed = runner.reseed
         self.alone_reason = runner.alone_reason
         self.vocab_size, self.keeps_prefixes = runner.vocab_size, runner.keeps_prefixes

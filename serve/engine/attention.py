@@ -21,6 +21,7 @@ from serve.engine import flash
 from serve.engine.kv_cache import KVCache
 from serve.engine.patterns import Pattern
 from serve.engine.scheduler import Batch, Chunk
+from serve.engine.transfer import on_device
 
 NAME = "trimaran"
 
@@ -80,7 +81,7 @@ def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch
             views[pattern] = flash.span_view(pattern, batch, cache.max_len, device)
         else:
             views[pattern] = _view(pattern, positions, batch.chunks, dtype, device)
-    return StepContext(cache, len(positions), torch.tensor(rows, device=device), views)
+    return StepContext(cache, len(positions), on_device(rows, device), views)
 
 
 def _view(
@@ -91,7 +92,7 @@ def _view(
     mask = None
     if len(set(positions)) > 1:
         keys = torch.arange(first_key, last_key, device=device)
-        seen = pattern.visible(torch.tensor(positions, device=device), keys)
+        seen = pattern.visible(on_device(positions, device), keys)
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None, None, :]
     begin, views = len(positions), list[ChunkView]()
     for chunk in chunks:

@@ -37,6 +37,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     cache_dir: Path | None = None
     cuda_graphs: bool = True
+    overlap: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,8 +275,15 @@ class Runner(Protocol):
         """As :meth:`Engine.reseed`."""
         ...
 
-    def step(self, batch: Batch) -> StepOutput:
-        """One token for each of ``batch.sampled``.
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the one before it was read.  Known after ``load``."""
+        ...
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        """Begin a step; the result waits for its end and gives one token for each of ``batch.sampled``.
+
+        Where ``overlaps``, some sequences may have a pending token: one that the last launched step draws.
 
         Raises:
             OutOfMemory: nothing of this step counts.

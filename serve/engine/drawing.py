@@ -5,11 +5,15 @@ A row's result depends on its own logits and point alone, never on its neighbour
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from serve.engine.transfer import on_device
 
 BLOCK = 64
 POINT_BITS = 50
@@ -32,39 +36,66 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def weights_of(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """What rows keep of their distributions; one number for each row.
+
+    ``top_k`` is 0 to keep all.  ``top_p``, 1.0 to keep all, is of what ``top_k`` keeps.  ``min_p``, 0.0 to keep all, is
+    relative to the most likely token.
+    """
+
+    top_k: Seq[int]
+    top_p: Seq[float]
+    min_p: Seq[float]
+
+
+def weights_of(scaled: Tensor, trim: Trim, *, waits: bool) -> Tensor:
     """Probabilities up to a factor for each row, 0 for what is cut off.
 
     Args:
         scaled: ``[n, vocab_size]``, logits divided by temperature, float32.
-        top_k: ``[n, 1]``, the vocabulary's size to keep all.  None when no row asks.
-        top_p: ``[n, 1]``, 1.0 to keep all; of what ``top_k`` keeps.
-        min_p: ``[n, 1]``, 0.0 to keep all; relative to the most likely token.
-
-    Tokens that are as likely as the last one kept are kept too.
+        trim: What is cut off.  Tokens that are as likely as the last one kept are kept too.
+        waits: Whether to look at results on the way, which waits for the device.
     """
     best = scaled.amax(-1, keepdim=True)
     weights = (scaled - best).exp_()
-    cutoff = None if min_p is None else best + min_p.log()
-    if top_k is not None and top_p is not None:
+    cutoff = None
+    if any(trim.min_p):
+        cutoff = best + on_device(trim.min_p, scaled.device, torch.float32)[:, None].log()
+    if any(trim.top_k) or any(p < 1.0 for p in trim.top_p):
         total = weights.sum(-1, keepdim=True, dtype=torch.float64)
-        found = _cutoffs(scaled, best, total, top_k, top_p)
+        found = _cutoffs(scaled, best, total, trim, waits=waits)
         cutoff = found if cutoff is None else torch.maximum(cutoff, found)
     return weights if cutoff is None else weights.masked_fill_(scaled < cutoff, 0.0)
 
 
-def _cutoffs(scaled: Tensor, best: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest logit of each row that ``top_k`` and ``top_p`` keep; narrow looks first."""
-    vocab_size = scaled.shape[1]
+def _cutoffs(scaled: Tensor, best: Tensor, total: Tensor, trim: Trim, *, waits: bool) -> Tensor:
+    """The smallest logit of each row that ``top_k`` and ``top_p`` keep; narrow looks first.
+
+    Whether a look was wide enough is certain beforehand for rows with a ``top_k``.  For the others the device must tell
+    or, where nobody waits for it, the whole vocabulary is sorted.
+    """
+    vocab_size, device = scaled.shape[1], scaled.device
     found = torch.full_like(best, float("-inf"))
-    asked = cast("list[bool]", cast("Any", ((top_k < vocab_size) | (top_p < 1.0)).flatten()).tolist())
-    rows = [row for row, is_asked in enumerate(asked) if is_asked]
+    top_k = on_device([min(k or vocab_size, vocab_size) for k in trim.top_k], device)[:, None]
+    top_p = on_device(trim.top_p, device, torch.float32)[:, None]
+    # For each row still to be done how wide a look must be to be certainly wide enough.
+    needed = {
+        row: k if 0 < k < vocab_size else vocab_size
+        for row, (k, p) in enumerate(zip(trim.top_k, trim.top_p, strict=True))
+        if 0 < k < vocab_size or p < 1.0
+    }
     for width in (*(width for width in WIDTHS if width < vocab_size), vocab_size):
-        if rows:
-            cut, is_known = _cut(scaled[rows], best[rows], total[rows], top_k[rows], top_p[rows], width)
-            found[rows] = cut
-            known = cast("list[bool]", cast("Any", is_known.flatten()).tolist())
-            rows = [row for row, is_done in zip(rows, known, strict=True) if not is_done]
+        rows = [row for row, certain in needed.items() if waits or certain <= width]
+        if not rows:
+            continue
+        at = on_device(rows, device)
+        cut, is_known = _cut(*(each.index_select(0, at) for each in (scaled, best, total, top_k, top_p)), width)
+        found.index_copy_(0, at, cut)
+        known = cast("list[bool]", cast("Any", is_known.flatten()).tolist()) if waits else [True] * len(rows)
+        for row, is_done in zip(rows, known, strict=True):
+            if is_done:
+                del needed[row]
     return found
 
 
@@ -72,7 +103,8 @@ def _cut(
     scaled: Tensor, best: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """The smallest logit kept, and whether the largest ``width`` logits suffice to know it."""
-    values = scaled.topk(width, dim=-1).values
+    is_all = width == scaled.shape[1]
+    values = (scaled.sort(dim=-1, descending=True) if is_all else scaled.topk(width, dim=-1)).values
     mass = (values - best).exp_().cumsum(dim=-1, dtype=torch.float64)
     last = (top_k - 1).clamp(max=width - 1)
     is_limited = top_k < scaled.shape[1]
@@ -80,7 +112,7 @@ def _cut(
     reaching = torch.searchsorted(mass, enough)
     # Rounding must not cut what top_p = 1 keeps.
     reaching = torch.where(top_p < 1.0, reaching, torch.where(is_limited, last, width))
-    is_known = (torch.where(is_limited, top_k, 0) <= width) & ((reaching < width) | (width == scaled.shape[1]))
+    is_known = (torch.where(is_limited, top_k, 0) <= width) & ((reaching < width) | is_all)
     return values.gather(1, torch.minimum(reaching, last).clamp(max=width - 1)), is_known
 
 

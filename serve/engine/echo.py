@@ -6,6 +6,7 @@ It runs behind the real queue, scheduler, detokenizer and step loop; only the ar
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from serve.engine.base import EngineConfig, ModelFiles, Phase, StepOutput
@@ -39,6 +40,7 @@ class EchoRunner:
     vocab_size = VOCAB_SIZE
     alone_reason: str | None = None
     keeps_prefixes = False
+    overlaps = False
 
     def __init__(self, config: EngineConfig, *, step_s: float = 0.0, load_s: float = 0.0) -> None:
         self.num_slots = config.max_batch_size or NUM_SLOTS
@@ -58,6 +60,11 @@ class EchoRunner:
 
     def reseed(self) -> None:
         """Nothing here is random."""
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        """The whole step at once."""
+        output = self.step(batch)
+        return lambda: output
 
     def step(self, batch: Batch) -> StepOutput:
         """Sleep for ``step_s``, then give each sequence its next token; of its parameters only the grammar counts."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from serve.engine.kv_cache import KVCache
 from serve.engine.patterns import FULL, Kind, Pattern
 from serve.engine.sequence import Batch
+from serve.engine.transfer import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def spans(pattern: Pattern, ranges: Sequence[Range], max_len: int, device: torch
 
 def _on(device: torch.device, *columns: list[int]) -> tuple[Tensor, ...]:
     """Each list as int32, in one copy to the device."""
-    joined = torch.tensor([number for column in columns for number in column], dtype=torch.int32).to(device)
+    joined = on_device([number for column in columns for number in column], device, torch.int32)
     return torch.split(joined, [len(column) for column in columns])
 
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from serve.engine import flash, gate
+from serve.engine import flash, gate, sequence
 from serve.engine.attention import StepContext, running
 from serve.engine.kv_cache import KVCache
 from serve.engine.sequence import Batch
+from serve.engine.transfer import NOTHING_DRAWN, Drawn, last_known, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,13 @@ class DecodeStep:
         self._patterns = sorted(set(cache.patterns), key=str)
         device: torch.device = model.device
         num_fields = 3 + 2 * len(self._patterns)
-        self._host = torch.zeros(num_fields, size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._inputs = torch.zeros(num_fields, size, dtype=torch.int64, device=device)
         self._begins = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._every_row = torch.arange(size, device=device)
         self._size = size
 
     def fill(self, rows: Sequence[Row]) -> None:
-        """Write the inputs of at most ``size`` decodes.  The step that read the last ones must have ended."""
+        """Write the inputs of at most ``size`` decodes, once the steps that were launched before have read theirs."""
         rows = [*rows, *[rows[0]] * (self._size - len(rows))]
         starts = [slot * self._cache.max_len for _, _, slot in rows]
         positions = [position for _, position, _ in rows]
@@ -69,8 +69,13 @@ class DecodeStep:
             firsts = [pattern.first(position) for position in positions]
             fields.append(list(map(add, starts, firsts)))
             fields.append([position - first + 1 for position, first in zip(positions, firsts, strict=True)])
-        self._host.copy_(torch.tensor(fields))
-        self._inputs.copy_(self._host, non_blocking=True)
+        # Out of memory of its own each time: the copy of the step before may not have begun yet.
+        self._inputs.copy_(on_device(fields, self._inputs.device))
+
+    def fill_pending(self, sequences: tuple[sequence.Sequence, ...], drawn: Drawn) -> None:
+        """Write the tokens that only the device knows over those of :meth:`fill`."""
+        repeated = [sequences[0]] * (self._size - len(sequences))
+        drawn.fill(self._inputs[0], [*sequences, *repeated])
 
     def run(self) -> Tensor:
         """Logits ``[size, vocab_size]``.  Everything that depends on the inputs is computed on the device."""
@@ -120,14 +125,18 @@ class DecodeGraphs:
         """The batch sizes that are recorded."""
         return self._sizes
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits ``[num_decodes, vocab_size]`` of a step without prompts; they stay until the next step."""
+    def logits(self, batch: Batch, drawn: Drawn = NOTHING_DRAWN) -> Tensor:
+        """Logits ``[num_decodes, vocab_size]`` of a step without prompts; they stay until the next one is launched.
+
+        ``drawn`` holds what is pending.
+        """
         self._cache.move(batch.moves)
-        for sequence in batch.decodes:
-            self._cache.extend(sequence.slot, sequence.num_computed_tokens, sequence.num_computed_tokens + 1)
+        for each in batch.decodes:
+            self._cache.extend(each.slot, each.num_computed_tokens, each.num_computed_tokens + 1)
         count = len(batch.decodes)
         step, replay, logits = self._recorded[next(size for size in self._sizes if size >= count)]
-        step.fill([(each.output_token_ids[-1], each.num_computed_tokens, each.slot) for each in batch.decodes])
+        step.fill([(last_known(each), each.num_computed_tokens, each.slot) for each in batch.decodes])
+        step.fill_pending(batch.decodes, drawn)
         replay()
         return logits[:count]
 

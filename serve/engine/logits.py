@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from serve.engine.live import GRAMMAR_FAILED
-from serve.engine.scheduler import Sequence
+from serve.engine.sequence import Sequence
+from serve.engine.transfer import Drawn, on_device
 from serve.errors import GenerationFailed, RequestError, ServeError
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,13 @@ class LogitChanges:
     errors: dict[int, ServeError] = field(default_factory=dict[int, ServeError])
     """By row of the last call: why no token can follow."""
 
-    def apply(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
-        """Change ``logits`` (``[num_sequences, vocab_size]``, float32), in the order that ``SamplingParams`` names."""
+    def apply(self, logits: Tensor, sequences: Seq[Sequence], drawn: Drawn) -> None:
+        """Change ``logits`` (``[num_sequences, vocab_size]``, float32), in the order that ``SamplingParams`` names.
+
+        ``drawn`` holds what is pending.  A grammar's sequence has nothing pending: its mask depends on its last token.
+        """
         self.errors = {}
-        self._penalize(logits, sequences)
+        self._penalize(logits, sequences, drawn)
         for row, sequence in enumerate(sequences):
             if sequence.params.logit_bias:
                 token_ids, values = self._bias(sequence)
@@ -54,13 +58,14 @@ class LogitChanges:
                 logits[row].index_fill_(0, self._ends(sequence), NEGATIVE_INFINITY)
         self._constrain(logits, sequences)
 
-    def _penalize(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
+    def _penalize(self, logits: Tensor, sequences: Seq[Sequence], drawn: Drawn) -> None:
         rows = [row for row, sequence in enumerate(sequences) if sequence.params.has_penalties]
         if not rows:
             return
         params = [sequences[row].params for row in rows]
-        states = [self._count(sequences[row], logits.shape[1]) for row in rows]
-        changed = logits[rows]
+        states = [self._count(sequences[row], logits.shape[1], drawn) for row in rows]
+        at = on_device(rows, self.device)
+        changed = logits[at]
         if any(p.repetition_penalty != 1.0 for p in params):
             factor = self._column([p.repetition_penalty for p in params])
             seen = torch.stack([state.seen for state in states if state.seen is not None])
@@ -69,33 +74,34 @@ class LogitChanges:
             counts = torch.stack([state.counts for state in states if state.counts is not None])
             changed -= self._column([p.frequency_penalty for p in params]) * counts
             changed -= self._column([p.presence_penalty for p in params]) * (counts > 0)
-        logits[rows] = changed
+        logits[at] = changed
 
-    def _count(self, sequence: Sequence, vocab_size: int) -> _State:
+    def _count(self, sequence: Sequence, vocab_size: int, drawn: Drawn) -> _State:
         """The sequence's counts, brought up to its last token."""
         state = _state(sequence)
         if state.counts is None or state.seen is None:
             state.counts = torch.zeros(vocab_size, device=self.device)
             state.seen = torch.zeros(vocab_size, device=self.device, dtype=torch.bool)
-            state.seen[torch.tensor(sequence.prompt_token_ids, device=self.device)] = True
+            state.seen.index_fill_(0, on_device(sequence.prompt_token_ids, self.device), True)
         if new := sequence.output_token_ids[state.num_counted :]:
-            token_ids = torch.tensor(new, device=self.device)
-            state.counts.index_add_(0, token_ids, torch.ones(len(new), device=self.device))
-            state.seen.index_fill_(0, token_ids, True)
+            _add(state.counts, state.seen, on_device(new, self.device))
             state.num_counted += len(new)
+        if sequence.num_pending_tokens:
+            _add(state.counts, state.seen, drawn.of(sequence))
+            state.num_counted += 1
         return state
 
     def _bias(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
         state = _state(sequence)
         if state.bias is None:
             token_ids, values = zip(*sequence.params.logit_bias, strict=True)
-            state.bias = torch.tensor(token_ids, device=self.device), self._column(values)[:, 0]
+            state.bias = on_device(token_ids, self.device), self._column(values)[:, 0]
         return state.bias
 
     def _ends(self, sequence: Sequence) -> Tensor:
         state = _state(sequence)
         if state.ends is None:
-            state.ends = torch.tensor(sorted(sequence.end_token_ids), device=self.device)
+            state.ends = on_device(sorted(sequence.end_token_ids), self.device)
         return state.ends
 
     def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
@@ -127,7 +133,12 @@ class LogitChanges:
             logits[rows] = logits[rows].masked_fill_(is_forbidden, NEGATIVE_INFINITY)
 
     def _column(self, values: Seq[float]) -> Tensor:
-        return torch.tensor(values, device=self.device, dtype=torch.float32)[:, None]
+        return on_device(values, self.device, torch.float32)[:, None]
+
+
+def _add(counts: Tensor, seen: Tensor, token_ids: Tensor) -> None:
+    counts.index_add_(0, token_ids, torch.ones_like(token_ids, dtype=counts.dtype))
+    seen.index_fill_(0, token_ids, True)
 
 
 def _state(sequence: Sequence) -> _State:

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, cast
 
-import torch
 from torch import Tensor
 
+from serve.engine.transfer import to_host
 from serve.types import MIN_LOGPROB, TokenLogprob
 
 ROWS_AT_ONCE = 64
 """Bounds the memory of float32 copies of the logits."""
 
 
-def token_logprobs(logits: Tensor, token_ids: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
-    """For each row of ``logits`` (``[n, vocab_size]``): its token's log-probability beside the ``num_top`` best."""
-    found: list[TokenLogprob] = []
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Seq[int]) -> Callable[[], list[TokenLogprob]]:
+    """For each row its token's log-probability beside the ``num_top`` best; the result waits for the device.
+
+    Args:
+        logits: ``[n, vocab_size]``.
+        token_ids: ``[n]``, on the same device.
+        num_top: For each row.
+    """
+    parts: list[Callable[[], list[TokenLogprob]]] = []
     for begin in range(0, len(token_ids), ROWS_AT_ONCE):
         rows = slice(begin, begin + ROWS_AT_ONCE)
-        found += _few(logits[rows].float(), token_ids[rows], num_top[rows])
-    return found
+        parts.append(_few(logits[rows].float(), token_ids[rows], num_top[rows]))
+    return lambda: [found for part in parts for found in part()]
 
 
-def _few(logits: Tensor, token_ids: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
+def _few(logits: Tensor, token_ids: Tensor, num_top: Seq[int]) -> Callable[[], list[TokenLogprob]]:
     total = logits.logsumexp(dim=-1, keepdim=True)
-    own = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]) - total
+    own = logits.gather(1, token_ids[:, None]) - total
     width = min(max(num_top), logits.shape[1])
     values, top_ids = logits.topk(width, dim=-1)
-    columns = (own.flatten(), values - total, top_ids)
-    own_list, value_lists, id_lists = (cast("Any", column).tolist() for column in columns)
-    return [
+    columns = to_host(token_ids, own.flatten(), values - total, top_ids)
+    return lambda: [
         _one(token_id, logprob, list(zip(ids[:count], best[:count], strict=True)))
-        for token_id, logprob, ids, best, count in zip(token_ids, own_list, id_lists, value_lists, num_top, strict=True)
+        for token_id, logprob, best, ids, count in zip(*columns(), num_top, strict=True)
     ]
 
 

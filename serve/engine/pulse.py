@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from serve.engine.base import StepOutput
@@ -23,6 +23,7 @@ class Pulse:
     """When the present step began, when the last token came, and how many steps in a row were good for nothing."""
 
     def __init__(self) -> None:
+        self.num_steps = 0
         self.num_bad_steps = 0
         self._step_began: float | None = None
         self._token_at = time.monotonic()
@@ -30,16 +31,20 @@ class Pulse:
 
     @contextmanager
     def step(self) -> Generator[None]:
-        """Around the computation of one step."""
+        """Around the launch of a step, and around waiting for its end."""
         self._step_began = time.monotonic()
         try:
             yield
         finally:
             self._step_began = None
 
-    def saw(self, output: StepOutput) -> None:
-        """Note what a step gave.  A row that failed for a reason of its own says nothing about the model."""
-        told = [token_id for row, token_id in enumerate(output.token_ids) if row not in output.errors]
+    def saw(self, output: StepOutput, rows: Sequence[int]) -> None:
+        """Note what a step gave to the ``rows`` that somebody waits for.
+
+        A row that failed for a reason of its own says nothing about the model.
+        """
+        self.num_steps += 1
+        told = [output.token_ids[row] for row in rows if row not in output.errors]
         if any(token_id is not None for token_id in told):
             self.num_bad_steps, self._token_at = 0, time.monotonic()
         elif told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ class TransformersRunner:
         from serve.engine.sampler import Sampler  # noqa: PLC0415
 
         torch.manual_seed(secrets.randbits(63))  # pyright: ignore[reportUnknownMemberType]
-        self._sampler = Sampler(self._device.value, secrets.randbits(63))
+        self._sampler = Sampler(self._device.value, secrets.randbits(63), waits=not self.overlaps)
 
     def _import(self, phase: Phase, files: ModelFiles) -> None:
         with reading_ahead(sorted(files.folder.glob("*.safetensors")), available_ram()):
@@ -203,8 +204,21 @@ class TransformersRunner:
             scheduler.complete(batch, [token_id or 0 for token_id in token_ids])
             scheduler.release()
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the last one was read: on a GPU, unless it was turned off.
+
+        On a CPU a launched step has ended, and the fallback reads each sequence's tokens on the host.
+        """
+        wanted = self._device.value.type == "cuda" if self._config.overlap is None else self._config.overlap
+        return wanted and self._alone is None
+
     def step(self, batch: Batch) -> StepOutput:
-        """Run a batch: one token for each of ``batch.sampled``.
+        """Run a batch to its end.  Raises as :meth:`launch`."""
+        return self.launch(batch)()
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        """Begin a step; the result waits for one token for each of ``batch.sampled``.
 
         Raises:
             OutOfMemory: nothing of this step counts; cached keys and values stay valid.
@@ -223,31 +237,34 @@ class TransformersRunner:
             torch.cuda.empty_cache()
         raise OutOfMemory(f"the {self._device.value.type} has no memory left for this request; try again or shorten it")
 
-    def _outcome(self, batch: Batch, logits: Any) -> StepOutput:
+    def _outcome(self, batch: Batch, logits: Any) -> Callable[[], StepOutput]:
         """Tokens from the first rows of ``logits``, log-probabilities of prompts from the others."""
         from serve.engine.logprobs import token_logprobs  # noqa: PLC0415
+        from serve.engine.transfer import on_device  # noqa: PLC0415
 
         sampled = batch.sampled
-        output = self._sampler.sample(logits[: len(sampled)], sampled) if sampled else StepOutput([])
-        prompts: dict[int, list[TokenLogprob]] = {}
+        read = self._sampler.launch(logits[: len(sampled)], sampled) if sampled else lambda: StepOutput([])
+        prompts: dict[int, Callable[[], list[TokenLogprob]]] = {}
         begin = len(sampled)
         for index, chunk in enumerate(batch.chunks):
-            num_top = chunk.sequence.params.prompt_logprobs
+            num_top, predicted = chunk.sequence.params.prompt_logprobs, chunk.predicted
             if num_top is not None:
-                rows = logits[begin : begin + len(chunk.predicted)]
-                prompts[index] = token_logprobs(rows, chunk.predicted, [num_top] * len(chunk.predicted))
-                begin += len(chunk.predicted)
-        return replace(output, prompt_logprobs=prompts) if prompts else output
+                rows = logits[begin : begin + len(predicted)]
+                prompts[index] = token_logprobs(rows, on_device(predicted, rows.device), [num_top] * len(predicted))
+                begin += len(predicted)
+        if not prompts:
+            return read
+        return lambda: replace(read(), prompt_logprobs={index: found() for index, found in prompts.items()})
 
     def _forward(self, batch: Batch) -> Any:
         """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens."""
         if self._alone:
             return self._alone.logits(batch)
         if self._graphs is not None and not batch.chunks:
-            return self._graphs.logits(batch)
+            return self._graphs.logits(batch, self._sampler.drawn)
         from serve.engine.packed import forward  # noqa: PLC0415
 
-        return forward(self._model, batch, self._cache)
+        return forward(self._model, batch, self._cache, self._sampler.drawn)
 
     def _use_threads(self) -> None:
         """OpenMP's thread count belongs to the calling thread."""

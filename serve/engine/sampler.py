@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve.engine.base import StepOutput
-from serve.engine.drawing import POINT_BITS, pick, seeded_point, weights_of
+from serve.engine.drawing import POINT_BITS, Trim, pick, seeded_point, weights_of
 from serve.engine.logits import LogitChanges
 from serve.engine.logprobs import token_logprobs
-from serve.engine.scheduler import Sequence
+from serve.engine.sequence import Sequence
+from serve.engine.transfer import NOTHING_DRAWN, Drawn, on_device, to_host
+from serve.types import TokenLogprob
 
 
 class Sampler:
@@ -24,15 +27,24 @@ class Sampler:
     Args:
         device: Where the logits are.
         seed: Of the numbers that rows without a seed share.
+        waits: Whether drawing may wait for the device, where that is cheaper than not to know.
+
+    ``drawn`` holds the tokens of the last call, on the device.
     """
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device, seed: int, *, waits: bool = True) -> None:
+        self.drawn = NOTHING_DRAWN
         self._device = device
+        self._waits = waits
         self._shared = random.Random(seed)  # noqa: S311 - no secret depends on it
         self._changes = LogitChanges(device)
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> StepOutput:
         """One token for each row of ``logits`` (``[num_sequences, vocab_size]``)."""
+        return self.launch(logits, sequences)()
+
+    def launch(self, logits: Tensor, sequences: Seq[Sequence]) -> Callable[[], StepOutput]:
+        """Begin :meth:`sample`; the result waits for the device."""
         top, chosen = logits.max(dim=-1)
         is_finite = torch.isfinite(top)
         plain: list[int] = []
@@ -42,29 +54,40 @@ class Sampler:
         self._draw(logits, sequences, plain, chosen)
         errors: dict[int, Any] = {}
         if changed:
-            own = [sequences[row] for row in changed]
-            values = logits[changed].float()
-            self._changes.apply(values, own)
+            own, at = [sequences[row] for row in changed], on_device(changed, self._device)
+            values = logits.index_select(0, at).float()
+            self._changes.apply(values, own, self.drawn)
             own_top, own_chosen = values.max(dim=-1)
             self._draw(values, own, range(len(own)), own_chosen)
-            chosen[changed] = own_chosen
-            is_finite[changed] &= torch.isfinite(own_top)
+            chosen.index_copy_(0, at, own_chosen)
+            is_finite.index_copy_(0, at, is_finite.index_select(0, at) & torch.isfinite(own_top))
             errors = {changed[row]: error for row, error in self._changes.errors.items()}
-        drawn = cast("list[int]", cast("Any", chosen).tolist())
-        finite = cast("list[bool]", cast("Any", is_finite).tolist())
-        ids = [drawn[row] if finite[row] and row not in errors else None for row in range(len(drawn))]
-        return StepOutput(ids, errors, self._logprobs(logits, sequences, ids))
+        # What is drawn from no numbers may lie outside the vocabulary, and the next step may read it unseen.
+        chosen = torch.where(is_finite, chosen, 0)
+        self.drawn = Drawn(chosen, sequences)
+        columns = to_host(chosen, is_finite)
+        logprobs = self._logprobs(logits, sequences, chosen)
 
-    def _logprobs(self, logits: Tensor, sequences: Seq[Sequence], ids: list[int | None]) -> dict[int, Any]:
-        asked = [
-            (row, token_id, sequence.params.logprobs)
-            for row, (sequence, token_id) in enumerate(zip(sequences, ids, strict=True))
-            if sequence.params.logprobs is not None and token_id is not None
-        ]
+        def read() -> StepOutput:
+            token_ids, finite = columns()
+            ids = [token_ids[row] if finite[row] and row not in errors else None for row in range(len(token_ids))]
+            return StepOutput(ids, errors, {row: each for row, each in logprobs().items() if ids[row] is not None})
+
+        return read
+
+    def _logprobs(
+        self, logits: Tensor, sequences: Seq[Sequence], chosen: Tensor
+    ) -> Callable[[], dict[int, TokenLogprob]]:
+        asked = {
+            row: sequence.params.logprobs
+            for row, sequence in enumerate(sequences)
+            if sequence.params.logprobs is not None
+        }
         if not asked:
-            return {}
-        rows, token_ids, num_top = zip(*asked, strict=True)
-        return dict(zip(rows, token_logprobs(logits[list(rows)], token_ids, num_top), strict=True))
+            return dict[int, TokenLogprob]
+        at = on_device(list(asked), self._device)
+        found = token_logprobs(logits.index_select(0, at), chosen.index_select(0, at), list(asked.values()))
+        return lambda: dict(zip(asked, found(), strict=True))
 
     def _draw(self, logits: Tensor, sequences: Seq[Sequence], rows: Seq[int], chosen: Tensor) -> None:
         """Write the tokens of those ``rows`` that are not greedy into ``chosen``."""
@@ -73,21 +96,17 @@ class Sampler:
             return
         own = [sequences[row] for row in drawn]
         params = [sequence.params for sequence in own]
-        vocab_size = logits.shape[1]
-        scaled = logits[drawn].float().div_(self._column([p.temperature for p in params]))
-        is_trimmed = any(p.top_k or p.top_p < 1.0 for p in params)
-        weights = weights_of(
-            scaled,
-            self._column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64) if is_trimmed else None,
-            self._column([p.top_p for p in params]) if is_trimmed else None,
-            self._column([p.min_p for p in params]) if any(p.min_p for p in params) else None,
-        )
-        chosen[drawn] = pick(weights, self._column([self._point(sequence) for sequence in own], torch.float64))
+        at = on_device(drawn, self._device)
+        scaled = logits.index_select(0, at).float().div_(self._column([p.temperature for p in params]))
+        trim = Trim([p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params])
+        weights = weights_of(scaled, trim, waits=self._waits)
+        points = self._column([self._point(sequence) for sequence in own], torch.float64)
+        chosen.index_copy_(0, at, pick(weights, points))
 
     def _point(self, sequence: Sequence) -> float:
         if sequence.params.seed is None:
             return self._shared.getrandbits(POINT_BITS) / 2**POINT_BITS
-        return seeded_point(sequence.params.seed, len(sequence.output_token_ids))
+        return seeded_point(sequence.params.seed, sequence.num_drawn_tokens)
 
     def _column(self, values: Seq[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, device=self._device, dtype=dtype)[:, None]
+        return on_device(values, self._device, dtype)[:, None]

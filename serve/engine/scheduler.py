@@ -5,6 +5,11 @@ Torch-free, thread-free: the worker owns it, and its rules are tested in millise
 Slots: running sequences own slots ``0..n-1`` (a decode batch is then one view of the KV cache, without a copy),
 prefilling ones any of the others.  When a sequence leaves, the last running one moves into its slot; a prompt that is
 complete moves to slot ``n``.  :class:`~serve.engine.slots.SlotTable` says what of the cache follows.
+
+A step may be scheduled while the tokens of the one before are still on the device.  Then every running sequence is
+taken to go on, but for those whose number of tokens is reached: they are ``ending``, and keep a slot behind the running
+ones until their last token is read.  Whoever turns out to have ended earlier is computed once more for nothing, and its
+slot is given away at once: steps and moves of the cache run on the device in the order in which they were launched.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.ending: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> Sequence:
         """Queue a request behind the others of its scope."""
@@ -59,7 +65,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether the next step would do anything."""
-        return bool(self.waiting or self.prefilling or self.running)
+        return bool(self.prefilling or self.running or (self.waiting and self._slots.has_room))
+
+    @property
+    def num_with_slots(self) -> int:
+        """Sequences that have a slot."""
+        return len(self.prefilling) + len(self.running) + len(self.ending)
 
     def schedule(self) -> Batch:
         """Choose the next step's work: all running sequences, and prompts up to the token budget."""
@@ -88,21 +99,18 @@ class Scheduler:
         return soon < MIN_AWAITED_TOKENS or soon - self._slots.shared(sequence)[1] < MIN_AWAITED_TOKENS
 
     def complete(self, batch: Batch, token_ids: list[int]) -> None:
-        """Record the step: one token for each of ``batch.sampled``, and which sequences ended by themselves.
+        """Record a step that was read at once: :meth:`advance` and :meth:`record`."""
+        self.advance(batch)
+        self.record(batch, token_ids)
 
-        Finished sequences keep their slot until :meth:`release`, so that a stop string can still end others.
-        """
+    def advance(self, batch: Batch) -> None:
+        """A step was launched: what it computes counts from here on, and its tokens are pending."""
         for sequence in batch.decodes:
             sequence.num_computed_tokens += 1
         for chunk in batch.chunks:
             chunk.sequence.num_computed_tokens += chunk.num_tokens
-        for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
-            is_early = sequence.awaits_min_tokens and sequence.grammar is None
-            sequence.output_token_ids.append(token_id)
-            if token_id in sequence.end_token_ids and not is_early:
-                sequence.finish_reason = FinishReason.STOP
-            elif len(sequence.output_token_ids) == sequence.params.max_tokens:
-                sequence.finish_reason = FinishReason.LENGTH
+        for sequence in batch.sampled:
+            sequence.num_pending_tokens += 1
         if batch.chunks:
             done = [sequence for sequence in self.prefilling if not sequence.num_prompt_tokens_left]
             self.prefilling = [sequence for sequence in self.prefilling if sequence.num_prompt_tokens_left]
@@ -110,9 +118,31 @@ class Scheduler:
                 self._slots.relocate(sequence, len(self.running))
                 self.running.append(sequence)
 
+    def record(self, batch: Batch, token_ids: list[int]) -> tuple[int, ...]:
+        """Take the tokens of a launched step, one for each of ``batch.sampled``; see which sequences end by themselves.
+
+        Finished sequences keep their slot until :meth:`release`, so that a stop string can still end others.
+
+        Returns:
+            The rows that count: those of sequences that had not ended before.
+        """
+        counting: list[int] = []
+        for row, (sequence, token_id) in enumerate(zip(batch.sampled, token_ids, strict=True)):
+            sequence.num_pending_tokens -= 1
+            if sequence.finish_reason is not None:
+                continue
+            counting.append(row)
+            is_early = len(sequence.output_token_ids) < sequence.params.min_tokens and sequence.grammar is None
+            sequence.output_token_ids.append(token_id)
+            if token_id in sequence.end_token_ids and not is_early:
+                sequence.finish_reason = FinishReason.STOP
+            elif len(sequence.output_token_ids) == sequence.params.max_tokens:
+                sequence.finish_reason = FinishReason.LENGTH
+        return tuple(counting)
+
     def abort(self, request_id: str) -> Sequence | None:
         """Mark a request as aborted; :meth:`release` frees its slot."""
-        for sequence in (*self.running, *self.prefilling, *self.waiting):
+        for sequence in (*self.running, *self.ending, *self.prefilling, *self.waiting):
             if sequence.request.request_id == request_id:
                 sequence.finish_reason = FinishReason.ABORT
                 return sequence
@@ -122,13 +152,16 @@ class Scheduler:
         """Free the slots of all sequences that have a finish reason; plan the moves that close the gaps."""
         if self.waiting:
             self.waiting.drop_ended()
-        ended = [sequence for sequence in (*self.running, *self.prefilling) if sequence.finish_reason is not None]
-        if not ended:
+        owners = (*self.running, *self.ending, *self.prefilling)
+        ended = [sequence for sequence in owners if sequence.finish_reason is not None]
+        if not ended and not any(sequence.is_ending for sequence in self.running):
             return
         for sequence in ended:
             self._slots.leave(sequence)
         self.prefilling = [sequence for sequence in self.prefilling if sequence.finish_reason is None]
-        alive = [sequence for sequence in self.running if sequence.finish_reason is None]
+        alive = [sequence for sequence in (*self.running, *self.ending) if sequence.finish_reason is None]
+        self.ending = [sequence for sequence in alive if sequence.is_ending]
+        alive = [sequence for sequence in alive if not sequence.is_ending]
         count = len(alive)
         taken = {sequence.slot for sequence in alive if sequence.slot < count}
         gaps = [slot for slot in range(count) if slot not in taken]

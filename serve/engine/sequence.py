@@ -15,10 +15,12 @@ class Sequence:
     request: GenerationRequest
     slot: int = -1
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache once every launched step has ended."""
     num_cached_tokens: int = 0
     """Those of them that another sequence had computed."""
     output_token_ids: list[int] = field(default_factory=list[int])
+    num_pending_tokens: int = 0
+    """Tokens after those, drawn by launched steps that were not read yet: only the device knows them."""
     finish_reason: FinishReason | None = None
     end_token_ids: frozenset[int] = frozenset()
     """Tokens that end this sequence."""
@@ -39,8 +41,18 @@ class Sequence:
 
     @property
     def awaits_min_tokens(self) -> bool:
-        """Whether it is too early for a token that ends this sequence."""
-        return len(self.output_token_ids) < self.params.min_tokens
+        """Whether it is too early for the next token to end this sequence."""
+        return self.num_drawn_tokens < self.params.min_tokens
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Generated tokens, also those that only the device knows."""
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token was drawn already, whatever it is."""
+        return self.num_drawn_tokens == self.params.max_tokens
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -51,6 +63,11 @@ class Sequence:
     def num_prompt_tokens_left(self) -> int:
         """Prompt tokens that are not in the cache yet."""
         return max(0, len(self.prompt_token_ids) - self.num_computed_tokens)
+
+    @property
+    def num_settled_tokens(self) -> int:
+        """Computed tokens without the newest one known: a step on a guess may have computed that, too."""
+        return min(self.num_computed_tokens, len(self.prompt_token_ids) + max(0, len(self.output_token_ids) - 1))
 
     @property
     def computed_token_ids(self) -> tuple[int, ...]:

@@ -95,6 +95,7 @@ class SlotTable:
         """A sequence ended: what it computed stays until the slot is needed."""
         slot = self._slots[sequence.slot]
         slot.owner = None
+        sequence.num_computed_tokens = sequence.num_settled_tokens
         if sequence.finish_reason is FinishReason.ERROR:
             slot.token_ids = ()  # its keys and values may be NaN
         elif self._keeps_prefixes and sequence.num_computed_tokens >= MIN_SHARED_TOKENS:

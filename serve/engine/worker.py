@@ -1,4 +1,4 @@
-"""The step loop: one thread that owns the model, and its bridge to the event loop.
+"""The step loop's thread, which owns the model, and its bridge to the event loop.
 
 The only file of the engine that touches both.  Commands go in through a queue; events come out through one
 ``call_soon_threadsafe`` a step.
@@ -11,20 +11,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, StepOutput, TokenStream, fitted
+from serve.engine.base import EngineConfig, ModelFiles, Phase, Runner, TokenStream
 from serve.engine.commands import Abort, Add, Command, FailWaiting
-from serve.engine.live import GRAMMAR_FAILED, LiveRequest
 from serve.engine.pulse import Pulse
-from serve.engine.scheduler import Batch, Scheduler, Sequence
-from serve.errors import EngineDead, GenerationFailed, OutOfMemory, QueueFull, ServeError
-from serve.types import Batching, EngineStats, FinishReason, GenerationRequest, TokenEvent
+from serve.engine.steps import Events, Steps
+from serve.errors import EngineDead, QueueFull, ServeError
+from serve.types import Batching, EngineStats, GenerationRequest
 
 logger = logging.getLogger(__name__)
-
-
-_Events = list[tuple[str, TokenEvent]]
 
 
 class StepEngine:
@@ -38,9 +34,7 @@ class StepEngine:
         self._early: dict[str, Add] = {}
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._live: dict[str, LiveRequest] = {}
-        self._scheduler: Scheduler | None = None
-        self._num_steps = 0
+        self._steps: Steps | None = None
         self._pulse = Pulse()
 
     @property
@@ -76,26 +70,19 @@ class StepEngine:
         """Begin stepping on a thread of its own."""
         if self._files is None:
             raise RuntimeError("load() must come before start()")
-        self._scheduler = Scheduler(
-            num_slots=self._runner.num_slots,
-            prefill_chunk_tokens=self._config.prefill_chunk_tokens,
-            eos_token_ids=frozenset(token for token in self._files.eos_token_ids if token < self._runner.vocab_size),
-            keeps_prefixes=self._runner.keeps_prefixes,
-        )
+        self._steps = Steps(self._config, self._runner, self._files, self._pulse)
         for command in self._early.values():
             self._commands.put(command)
         self._early.clear()
         loop = asyncio.get_running_loop()
 
-        def deliver(events: _Events) -> None:
+        def deliver(events: Events) -> None:
             loop.call_soon_threadsafe(self._deliver, events)
 
         def die(error: ServeError) -> None:
             loop.call_soon_threadsafe(self._die, error, on_death)
 
-        self._thread = threading.Thread(
-            target=self._run, args=(self._scheduler, self._files, deliver, die), name="engine", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(self._steps, deliver, die), name="engine", daemon=True)
         self._thread.start()
 
     # On the event loop.
@@ -140,13 +127,12 @@ class StepEngine:
 
     def stats(self) -> EngineStats:
         """Load at this moment."""
-        scheduler = self._scheduler
-        num_running = len(scheduler.running) + len(scheduler.prefilling) if scheduler else 0
+        num_running = self._steps.num_running if self._steps else 0
         return EngineStats(
             num_waiting=max(0, len(self._streams) - num_running),
             num_running=num_running,
             num_slots=self._runner.num_slots if self._files else 0,
-            num_steps=self._num_steps,
+            num_steps=self._pulse.num_steps,
             step_age_s=self._pulse.step_age_s,
             token_age_s=self._pulse.token_age_s,
             num_bad_steps=self._pulse.num_bad_steps,
@@ -158,7 +144,7 @@ class StepEngine:
             self._commands.put(None)
             await asyncio.to_thread(self._thread.join, self._pulse.patience_s)
 
-    def _deliver(self, events: _Events) -> None:
+    def _deliver(self, events: Events) -> None:
         for request_id, event in events:
             stream = self._streams.get(request_id)
             if stream is None:
@@ -169,112 +155,33 @@ class StepEngine:
             stream.put(event)
 
     def _die(self, error: ServeError, on_death: Callable[[ServeError], None]) -> None:
-        self._scheduler = None  # nothing of it runs any more
+        self._steps = None  # nothing of it runs any more
         on_death(error)
         self.fail_all(error)
 
     # On the engine's thread.
 
-    def _run(
-        self,
-        scheduler: Scheduler,
-        files: ModelFiles,
-        deliver: Callable[[_Events], None],
-        die: Callable[[ServeError], None],
-    ) -> None:
+    def _run(self, steps: Steps, deliver: Callable[[Events], None], die: Callable[[ServeError], None]) -> None:
         try:
             while True:
-                events: _Events = []
-                if not self._obey(scheduler, files, events):
+                events: Events = []
+                if not self._obey(steps, events):
                     return
-                scheduler.release()
-                if scheduler.has_work:
-                    events += self._step(scheduler)
+                if steps.has_work:
+                    events += steps.turn()
                 if events:
                     deliver(events)
         except BaseException as error:
             logger.exception("The step loop ended")
             die(EngineDead(f"the engine stopped: {type(error).__name__}"))
 
-    def _obey(self, scheduler: Scheduler, files: ModelFiles, events: _Events) -> bool:
+    def _obey(self, steps: Steps, events: Events) -> bool:
         """Carry out all commands, waiting for one when there is nothing to step; False means stop."""
         while True:
             try:
-                command = self._commands.get(block=not (scheduler.has_work or events))
+                command = self._commands.get(block=not (steps.has_work or events))
             except queue.Empty:
                 return True
-            match command:
-                case None:
-                    return False
-                case Abort(request_id):
-                    self._live.pop(request_id, None)
-                    scheduler.abort(request_id)
-                    scheduler.release()
-                case FailWaiting(error):
-                    for sequence in tuple(scheduler.waiting):
-                        events.append(self._end_with(sequence, error))
-                    scheduler.release()
-                case Add():
-                    self._add(scheduler, files, command, events)
-
-    def _add(self, scheduler: Scheduler, files: ModelFiles, command: Add, events: _Events) -> None:
-        request = command.request
-        try:
-            request = fitted(request, self._runner.max_model_len, self._runner.vocab_size)
-            grammar = request.params.grammar() if request.params.grammar else None
-        except ServeError as error:
-            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=error)))
-            return
-        except Exception as error:
-            logger.error("The grammar of request %s failed: %s", request.request_id, type(error).__name__)
-            failed = GenerationFailed(GRAMMAR_FAILED)
-            events.append((request.request_id, TokenEvent(finish_reason=FinishReason.ERROR, error=failed)))
-            return
-        sequence = scheduler.add(request)
-        sequence.grammar = grammar
-        self._live[request.request_id] = LiveRequest(sequence, files.decode, command.submitted_at)
-
-    def _step(self, scheduler: Scheduler) -> Iterable[tuple[str, TokenEvent]]:
-        batch = scheduler.schedule()
-        now = time.perf_counter()
-        for chunk in batch.chunks:
-            self._live[chunk.sequence.request.request_id].begin(now)
-        try:
-            with self._pulse.step():
-                output = self._runner.step(batch)
-        except OutOfMemory as error:
-            return self._shed(scheduler, batch, error)
-        scheduler.budget.learn(batch, time.perf_counter() - now)
-        self._num_steps += 1
-        self._pulse.saw(output)
-        scheduler.complete(batch, [-1 if token_id is None else token_id for token_id in output.token_ids])
-        for index, logprobs in output.prompt_logprobs.items():
-            self._live[batch.chunks[index].sequence.request.request_id].add_prompt_logprobs(logprobs)
-        return [self._event(sequence, row, output) for row, sequence in enumerate(batch.sampled)]
-
-    def _shed(self, scheduler: Scheduler, batch: Batch, error: OutOfMemory) -> _Events:
-        """A step did not fit: take fewer prompt tokens, or give up the newest request; the rest is tried again."""
-        if batch.chunks and scheduler.budget.shrink():
-            logger.warning("Out of memory in a step of %d prompt tokens: taking fewer", batch.num_prompt_tokens)
-            return []
-        newest = batch.chunks[-1].sequence if batch.chunks else batch.decodes[-1]
-        logger.warning("Out of memory in a step: 1 of %d requests given up", len(self._live))
-        return [self._end_with(newest, error)]
-
-    def _event(self, sequence: Sequence, row: int, output: StepOutput) -> tuple[str, TokenEvent]:
-        token_id = output.token_ids[row]
-        if token_id is None:
-            not_finite = GenerationFailed("the model's logits for this request are not finite")
-            return self._end_with(sequence, output.errors.get(row, not_finite))
-        request_id = sequence.request.request_id
-        try:
-            event = self._live[request_id].event(token_id, output.logprobs.get(row))
-        except ServeError as error:
-            return self._end_with(sequence, error)
-        if sequence.finish_reason is not None:
-            del self._live[request_id]
-        return request_id, event
-
-    def _end_with(self, sequence: Sequence, error: ServeError) -> tuple[str, TokenEvent]:
-        request_id = sequence.request.request_id
-        return request_id, self._live.pop(request_id).failure(error)
+            if command is None:
+                return False
+            events += steps.obey(command)

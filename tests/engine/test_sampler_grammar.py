@@ -103,13 +103,13 @@ def test_rows_that_do_not_ask_get_no_logprobs():
 
 
 def test_among_equal_tokens_the_chosen_one_is_named_first():
-    found = token_logprobs(torch.zeros(3, VOCAB), [69, 0, 31], [1, 5, VOCAB])
+    found = token_logprobs(torch.zeros(3, VOCAB), torch.tensor([69, 0, 31]), [1, 5, VOCAB])()
     assert [entry.top[0][0] for entry in found] == [69, 0, 31]
 
 
 def test_logprobs_are_numbers_that_json_knows():
     logits = torch.tensor([[0.0, -math.inf, -math.inf], [math.nan, 0.0, 1.0]])
-    impossible, unknown = token_logprobs(logits, [2, 1], [3, 3])
+    impossible, unknown = token_logprobs(logits, torch.tensor([2, 1]), [3, 3])()
     assert impossible.logprob == MIN_LOGPROB
     assert impossible.top[0] == (0, 0.0)
     assert all(math.isfinite(value) for entry in (impossible, unknown) for _, value in entry.top)
@@ -120,7 +120,7 @@ def test_many_prompt_positions_are_computed_in_slices():
     logits = torch.randn(200, VOCAB)
     tokens = [number % VOCAB for number in range(200)]
     exact = logits.double().log_softmax(-1)
-    found = token_logprobs(logits, tokens, [1] * 200)
+    found = token_logprobs(logits, torch.tensor(tokens), [1] * 200)()
     assert [entry.logprob for entry in found] == pytest.approx(
         [float(exact[n, t]) for n, t in enumerate(tokens)], abs=1e-4
     )

@@ -36,9 +36,11 @@ def test_pulse_counts_steps_without_one_finite_row() -> None:
         StepOutput([None], errors={0: GenerationFailed("a grammar's own")}),
         StepOutput([]),  # a step of partial prompts
     ):
-        pulse.saw(output)
+        pulse.saw(output, range(len(output.token_ids)))
     assert pulse.num_bad_steps == 2
-    pulse.saw(StepOutput([None, 5]))
+    pulse.saw(StepOutput([None, 5]), [0])  # nobody waits for the other row
+    assert pulse.num_bad_steps == 3
+    pulse.saw(StepOutput([None, 5]), [0, 1])
     assert pulse.num_bad_steps == 0
 
 
@@ -46,9 +48,9 @@ def test_pulse_tells_the_age_of_the_last_token() -> None:
     pulse = Pulse()
     time.sleep(0.02)
     assert pulse.token_age_s >= 0.02
-    pulse.saw(StepOutput([None]))
+    pulse.saw(StepOutput([None]), [0])
     assert pulse.token_age_s >= 0.02
-    pulse.saw(StepOutput([0]))
+    pulse.saw(StepOutput([0]), [0])
     assert pulse.token_age_s < 0.02
 
 
