@@ -1,8 +1,9 @@
 """The engine on a GPU, in one command under 8 minutes: ``python -m bench.gpu``.
 
 Runs the engine's tests on the card, then measures a random Llama of 8 billion weights with 1, 8 and 32 requests at
-once: ours with and without CUDA graphs, and transformers' own continuous batching, beside the time in which the card's
-memory could be read.  ``--tiny`` takes a small model instead, which also runs on a CPU: it tries the command itself.
+once: ours, ours with each step read at once, ours without CUDA graphs, and transformers' own continuous batching,
+beside the time in which the card's memory could be read.  ``--tiny`` takes a small model instead, which also runs on a
+CPU: it tries the command itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,13 @@ def theirs(subject: Subject, clients: int) -> Row:
 def measure(subject: Subject) -> list[Row]:
     """Everything, smallest first."""
     rows: list[Row] = []
-    graphs = subject.runner._graphs
-    for name, used in (("trimaran", graphs), ("trimaran, without graphs", None)):
-        if used is None and graphs is None and rows:
-            continue
+    graphs, config = subject.runner._graphs, subject.runner._config
+    kinds = [("trimaran", graphs, True), ("trimaran, each step read at once", graphs, False)]
+    if graphs is not None:
+        kinds.append(("trimaran, without graphs", None, True))
+    for name, used, overlaps in kinds:
         subject.runner._graphs = used
+        subject.runner._config = replace(config, overlap=overlaps)
         for clients in CLIENTS:
             rows.append(asyncio.run(ours(subject, name, clients)))
     subject.runner._graphs = subject.runner._cache = None  # its memory belongs to the next one

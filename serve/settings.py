@@ -98,6 +98,7 @@ class Settings(BaseSettings):
         None, description="Folder for what later starts use again. Default: trimaran in the user's cache folder."
     )
     cuda_graphs: bool = Field(True, description="Decode through CUDA graphs where the model allows it.")
+    overlap_steps: bool = Field(True, description="On a GPU, launch each step before the last one was read.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
 
     remote_url: str = Field(
@@ -268,6 +269,7 @@ class Settings(BaseSettings):
             trust_remote_code=self.trust_remote_code,
             cache_dir=self.cache_dir or cache_if_any(),
             cuda_graphs=self.cuda_graphs,
+            overlap=None if self.overlap_steps else False,
         )
 
 

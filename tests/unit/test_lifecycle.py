@@ -156,7 +156,7 @@ async def test_step_without_memory_gives_up_the_newest_prompts_and_goes_on():
     assert one.finish_reason is FinishReason.STOP
     assert isinstance(two.error, OutOfMemory)
     assert lifecycle.state is State.READY
-    assert not engine._live
+    assert engine.stats().num_running == 0
     await lifecycle.close()
 
 
