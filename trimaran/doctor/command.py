@@ -30,6 +30,7 @@ PLATFORMS = ("modal", "runpod", "render")
 @click.option("--disk-gb", type=click.IntRange(1), help="The container's disk at RunPod.")
 @click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Of Render.")
 @click.option("--blueprint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of Render, checked.")
+@click.option("--torch-index", metavar="URL", help="TORCH_INDEX_URL of the image's build.  Default: the Dockerfile's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, model: str | None, as_json: bool, **options: Any) -> None:
@@ -61,7 +62,7 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
         options: The command's, by the names of :class:`Situation`, with ``shutdown_delay``.
     """
     from serve.settings import EngineName, load_settings  # noqa: PLC0415
-    from trimaran.doctor import hardware, setup  # noqa: PLC0415
+    from trimaran.doctor import hardware, setup, wheels  # noqa: PLC0415
     from trimaran.doctor import model as about_model  # noqa: PLC0415
 
     try:
@@ -80,7 +81,7 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
     is_elsewhere = options["platform"] in {"runpod", "render"} and _is_in_image(settings.model)
     serves = settings.engine is EngineName.TRANSFORMERS and not is_elsewhere
     checks = (*about_model.CHECKS, *hardware.OF_MODELS) if serves else ()
-    return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *setup.CHECKS), situation)))
+    return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *wheels.CHECKS, *setup.CHECKS), situation)))
 
 
 def _is_in_image(model: str) -> bool:

@@ -47,6 +47,7 @@ class Situation:
     disk_gb: int | None = None
     shutdown_delay_s: int = 120
     blueprint: Path | None = None
+    torch_index: str | None = None
     source: ModelSource | None = None
     need: Need | None = None
 

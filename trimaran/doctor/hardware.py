@@ -14,7 +14,7 @@ from trimaran.doctor.finding import Finding, Findings, Situation
 from trimaran.plan.machines import Machine
 from trimaran.plan.need import examine
 from trimaran.platforms.render.plans import PLANS
-from trimaran.platforms.runpod.endpoint import DEFAULTS, IMAGE_GB, TORCH_CUDA, disk_for
+from trimaran.platforms.runpod.endpoint import DEFAULTS, IMAGE_GB, disk_for
 from trimaran.platforms.runpod.pools import POOLS, weakest
 
 GB = 1_000_000_000
@@ -136,21 +136,5 @@ def disk(situation: Situation) -> Findings:
         )
 
 
-def driver(situation: Situation) -> Findings:
-    """A driver that is older than torch's build of CUDA."""
-    lowest = situation.min_cuda
-    if situation.platform == "runpod" and lowest and _version(lowest) < _version(TORCH_CUDA):
-        yield Finding(
-            "driver-too-old",
-            f"workers may have a driver for CUDA {lowest}, and the image's torch is built for CUDA {TORCH_CUDA}",
-            "On such a worker torch finds no GPU, and the server ends with status 3.",
-            f"trimaran deploy runpod --min-cuda {TORCH_CUDA} ..., or build the image with another TORCH_INDEX_URL",
-        )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
-
-
-ALWAYS = (names, driver)
+ALWAYS = (names,)
 OF_MODELS = (formats, memory, disk)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from serve import checkpoint, weights
 from serve.errors import HubUnreachable, InvalidRequest, ServeError
-from serve.weight_files import StoredTensor, read_header, stored_tensors
-from serve.weights import ModelSource
 from trimaran.doctor.finding import Finding, Findings, Situation
+from trimaran.plan.need import stored_in
 
 KINDS = (
     ("pickle", "pickle-weights", "Pickle files can run code when they are read; the server refuses them."),
@@ -17,6 +13,7 @@ KINDS = (
     ("HF_TOKEN", "gated-model", "The container would be refused by the Hub, and start over and over."),
     ("readable", "unreadable-file", "The upload, or the container, would fail at this file."),
     ("looked up", "unreadable-file", "The upload, or the container, would fail at this file."),
+    ("cannot be reached", "hub-unreachable", "Nothing can be said about the model, and this machine could not deploy."),
     ("cannot be used", "broken-weights", "Loading would fail after everything else has started."),
     ("which is missing", "broken-weights", "Loading would fail after everything else has started."),
     ("GGUF", "gguf", "The engine serves safetensors checkpoints."),
@@ -114,10 +111,14 @@ def template(situation: Situation) -> Findings:
 def adapter(situation: Situation) -> Findings:
     """A LoRA adapter that was not trained on this base."""
     source = situation.source
-    if source is None or source.adapter_source is None or source.origin == "hub":
+    if source is None or source.adapter_source is None:
         return
-    base = _tensors(source)
-    for name, tensor in _tensors(source.adapter_source).items():
+    try:
+        base, changes = stored_in(source), stored_in(source.adapter_source)
+    except ServeError as error:
+        yield _of(error.message)
+        return
+    for name, tensor in changes.items():
         prefix, part, _ = name.partition(".lora_")
         target = prefix.removeprefix("base_model.model.")
         if not part:
@@ -138,15 +139,6 @@ def adapter(situation: Situation) -> Findings:
                 "set base_model_name_or_path in adapter_config.json to the model that it was trained on",
             )
             return
-
-
-def _tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-    for name in source.weight_files:
-        path: Path = source.folder / name
-        if path.exists():
-            found |= stored_tensors(path, read_header(path))
-    return found
 
 
 def context(situation: Situation) -> Findings:

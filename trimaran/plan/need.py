@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,14 @@ def examine(model: str, revision: str | None, context: int | None, gguf_file: st
     if context and longest and context > longest:
         raise ConfigError(f"--context {context} exceeds the model's context of {longest} tokens; lower it")
     context = context or min(own or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
-    stored = list(_stored(source))
+    stored = list(stored_in(source).values())
     need = _from_config(source.config, model, context, stored)
     if not need.quantization:  # quantised weights are loaded as they are stored
         need = replace(need, weight_bytes=sum(_loaded_bytes(tensor) for tensor in stored))
     ran = dry_run(source.folder, "bfloat16", context)
     need = _after_run(need, ran) if isinstance(ran, DryRun) else _with_note(need, f"cache by formula: {ran}")
     if source.adapter_source is not None:
-        size = sum(_size(tensor) for tensor in _stored(source.adapter_source))
+        size = sum(_size(tensor) for tensor in stored_in(source.adapter_source).values())
         need = _with_note(replace(need, adapter_bytes=size), "the LoRA adapter is merged: weights as of its base")
     return need
 
@@ -98,10 +98,16 @@ def weight_bytes(model: str, revision: str | None) -> int:
     Raises:
         ServeError: it cannot be found or read.
     """
-    return sum(_loaded_bytes(tensor) for tensor in _stored(weights.locate(model, revision)))
+    return sum(_loaded_bytes(tensor) for tensor in stored_in(weights.locate(model, revision)).values())
 
 
-def _stored(source: weights.ModelSource) -> Iterable[StoredTensor]:
+def stored_in(source: weights.ModelSource) -> dict[str, StoredTensor]:
+    """All tensors of a model by name, from the headers of its files; those at the Hub by range requests.
+
+    Raises:
+        ServeError: a header cannot be read.
+    """
+    found: dict[str, StoredTensor] = {}
     for name in source.weight_files:
         path = source.folder / name
         if path.exists():
@@ -111,7 +117,8 @@ def _stored(source: weights.ModelSource) -> Iterable[StoredTensor]:
             end = 8 + header_size(path, start)
             whole = start if end <= len(start) else hub.read_start(source.model, source.revision, name, end)
             header = whole[8:end]
-        yield from stored_tensors(path, header).values()
+        found |= stored_tensors(path, header)
+    return found
 
 
 def _size(tensor: StoredTensor) -> int:
