@@ -90,7 +90,14 @@ def _cutoffs(scaled: Tensor, best: Tensor, total: Tensor, trim: Trim, *, waits: 
         if not rows:
             continue
         at = on_device(rows, device)
-        cut, is_known = _cut(*(each.index_select(0, at) for each in (scaled, best, total, top_k, top_p)), width)
+        cut, is_known = _cut(
+            scaled.index_select(0, at),
+            best.index_select(0, at),
+            total.index_select(0, at),
+            top_k.index_select(0, at),
+            top_p.index_select(0, at),
+            width,
+        )
         found.index_copy_(0, at, cut)
         known = cast("list[bool]", cast("Any", is_known.flatten()).tolist()) if waits else [True] * len(rows)
         for row, is_done in zip(rows, known, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,25 +9,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoints import adapter_files, write
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from doctoring import IMAGE, INDEX, doctor, found
 from fake_hub import serving_hub
 from fake_runpod import KEY, serving_runpod_api
 from safetensors.torch import save_file
 from tiny import tiny_llama
 
 from trimaran.cli import main
-
-ENVIRONMENT = {
-    "modal": {"SERVE_API_KEYS": "sk-test", "MODAL_TOKEN_ID": "ak-test", "SERVE_MODAL_GPU": "L4"},
-    "runpod": {},
-    "render": {"RENDER_API_KEY": "rnd-test"},
-}
-IMAGE = "docker.io/me/trimaran@sha256:" + "0" * 64
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +43,6 @@ def model(good: Path, tmp_path: Path) -> Path:
 def change(folder: Path, name: str = "config.json", **changes: Any) -> None:
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def doctor(*arguments: str, platform: str | None = None, **environment: str) -> Result:
-    given = {**ENVIRONMENT.get(platform or "", {}), **environment}
-    where = ["--platform", platform] if platform else []
-    return CliRunner(env=given).invoke(main, ["doctor", *arguments, *where, "--json"])
-
-
-def found(done: Result) -> list[str]:
-    assert done.exit_code in {0, 1}, done.output
-    findings = json.loads(done.stdout)
-    assert (done.exit_code == 1) == bool(findings)
-    assert all(finding[part] for finding in findings for part in ("name", "what", "why", "mend"))
-    return [finding["name"] for finding in findings]
 
 
 def test_good_configurations_raise_no_alarm(good: Path):
@@ -226,89 +204,6 @@ def test_doctor_finds_what_is_wrong_at_render(model: Path, tmp_path: Path):
     broken = tmp_path / "render.yaml"
     broken.write_text("services: [{type: web, name: chat, runtime: image, plan: standard}]")
     assert set(found(doctor("--blueprint", str(broken), platform="render", **echo))) == {"blueprint"}
-
-
-def smi(folder: Path, cuda: str) -> dict[str, str]:
-    """An environment with an ``nvidia-smi`` of its own, of a driver for that CUDA."""
-    tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 550.54  Driver Version: 550.54  CUDA Version: {cuda}     |'\n")
-    tool.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "SERVE_ENGINE": "echo"}
-
-
-def test_doctor_compares_this_machines_driver_with_its_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    old = smi(tmp_path, "12.4")
-    version, find_spec = tmp_path / "version.py", importlib.util.find_spec
-    version.write_text("__version__ = '2.13.0'\ncuda: Optional[str] = None\n")
-    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "torch" else find_spec(name))
-    assert found(doctor(**old)) == ["torch-without-cuda"]
-    assert found(doctor(**old, SERVE_DEVICE="cpu")) == []
-    version.write_text("cuda: Optional[str] = '13.0'\n")
-    done = doctor(**old)
-    assert found(done) == ["driver-too-old"]
-    assert "whl/cu124" in done.stdout
-    assert found(doctor(platform="modal", **old)) == []
-    for recent in ("13.0", "13.2"):
-        assert found(doctor(**smi(tmp_path, recent))) == []
-    version.write_text("cuda: Optional[str] = '12.8'\n")
-    assert found(doctor(**smi(tmp_path, "12.4"))) == []
-    assert found(doctor(**smi(tmp_path, "N/A"))) == []
-
-
-INDEX = "https://download.pytorch.org/whl/"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        (["--min-cuda", "12.6", "--torch-index", INDEX + "cu126"], []),
-        (["--min-cuda", "12.4", "--torch-index", INDEX + "cu126"], ["driver-too-old"]),
-        (["--gpu", "BLACKWELL_180", "--torch-index", INDEX + "cu126"], ["torch-unfit-for-gpu"]),
-        (["--gpu", "BLACKWELL_180", "--torch-index", INDEX + "cu128"], []),
-        (["--gpu", "AMPERE_24", "--torch-index", INDEX + "cpu"], ["torch-unfit-for-gpu"]),
-        (["--gpu", "AMPERE_24"], []),
-    ],
-)
-def test_doctor_compares_the_images_torch_with_the_endpoint(arguments: list[str], wanted: list[str]):
-    done = doctor(*arguments, "--image", IMAGE, platform="runpod", SERVE_ENGINE="echo")
-    assert found(done) == [*wanted, "no-credentials"]
-
-
-CPU_TORCH = "torch==2.13.0+cpu\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "is_wrong"),
-    [
-        ({"Dockerfile": "FROM python\nARG TORCH_INDEX_URL=\n"}, True),
-        ({"Dockerfile": f"FROM python\nARG TORCH_INDEX_URL={INDEX}cpu\n"}, False),
-        ({"Dockerfile": "FROM python\nARG TORCH_INDEX_URL=\nARG EXTRAS=\n"}, False),
-        ({"Dockerfile": "FROM nvidia/cuda:13.0-base\n"}, True),
-        ({"Dockerfile": "FROM python\nRUN pip install \\\n  torch transformers\n"}, True),
-        ({"Dockerfile": f"FROM python\nRUN pip install torch --index-url {INDEX}cpu\n"}, False),
-        ({"Dockerfile": "RUN pip install -r needed.txt\n", "needed.txt": "torch==2.13.0\n"}, True),
-        ({"Dockerfile": "RUN pip install -r needed.txt\n", "needed.txt": "nvidia-cublas==13.0\n" + CPU_TORCH}, True),
-        ({"Dockerfile": "RUN pip install -r needed.txt\n", "needed.txt": CPU_TORCH}, False),
-    ],
-)
-def test_doctor_finds_cuda_in_an_image_for_render(
-    files: dict[str, str], is_wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "docker").write_text("")
-    (tmp_path / "docker").chmod(0o755)
-    done = doctor(platform="render", SERVE_ENGINE="echo", PATH=str(tmp_path))
-    assert found(done) == ["cuda-wheels"] * is_wrong
-
-
-def test_doctor_reads_the_build_arguments_of_a_blueprint(tmp_path: Path):
-    text = (Path(__file__).parents[2] / "deploy/render/render.yaml").read_text()
-    blueprint = tmp_path / "render.yaml"
-    blueprint.write_text(text.replace("whl/cpu", "whl/cu130"))
-    assert found(doctor("--blueprint", str(blueprint), platform="render", SERVE_ENGINE="echo")) == ["cuda-wheels"]
 
 
 def test_doctor_finds_nobody_at_the_hub_and_at_the_platform(tmp_path: Path):

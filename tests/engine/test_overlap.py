@@ -12,6 +12,7 @@ import pytest
 import torch
 import varlen
 from tiny import Loaded, Ready, load, request, tiny_llama, untimed
+from torch.nn.attention import varlen as torch_varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.engine import flash, graphs, transfer
@@ -222,9 +223,8 @@ def test_launching_a_step_on_a_gpu_never_waits_for_it(monkeypatch):
         pattern = flash.Pattern(flash.Kind.SLIDING, 7)
         spans = flash.spans(pattern, [(2, 0, 9), (0, 30, 37)], 40, device)
         assert {spans.begins.dtype, spans.starts.dtype, spans.used.dtype} == {torch.int32}
-        from torch.nn.attention.varlen import varlen_attn
-
+        kernel: Any = torch_varlen.varlen_attn
         keys = torch.empty(3, 40, 2, 64, device=device, dtype=torch.bfloat16)
         query = torch.empty(16, 4, 64, device=device, dtype=torch.bfloat16)
-        out = flash.attend(varlen_attn, query, keys, keys, spans, None)
+        out = flash.attend(kernel, query, keys, keys, spans, None)
     assert (out.shape, out.device, out.dtype) == (query.shape, device, torch.bfloat16)

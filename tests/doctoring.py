@@ -1,0 +1,31 @@
+"""What the tests of `trimaran doctor` share."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner, Result
+
+from trimaran.cli import main
+
+ENVIRONMENT = {
+    "modal": {"SERVE_API_KEYS": "sk-test", "MODAL_TOKEN_ID": "ak-test", "SERVE_MODAL_GPU": "L4"},
+    "runpod": {},
+    "render": {"RENDER_API_KEY": "rnd-test"},
+}
+IMAGE = "docker.io/me/trimaran@sha256:" + "0" * 64
+INDEX = "https://download.pytorch.org/whl/"
+
+
+def doctor(*arguments: str, platform: str | None = None, **environment: str) -> Result:
+    given = {**ENVIRONMENT.get(platform or "", {}), **environment}
+    where = ["--platform", platform] if platform else []
+    return CliRunner(env=given).invoke(main, ["doctor", *arguments, *where, "--json"])
+
+
+def found(done: Result) -> list[str]:
+    assert done.exit_code in {0, 1}, done.output
+    findings = json.loads(done.stdout)
+    assert (done.exit_code == 1) == bool(findings)
+    assert all(finding[part] for finding in findings for part in ("name", "what", "why", "mend"))
+    return [finding["name"] for finding in findings]
