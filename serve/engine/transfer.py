@@ -60,16 +60,18 @@ class Drawn:
 
     def __init__(self, token_ids: Tensor, sequences: Seq[Sequence]) -> None:
         self._token_ids = token_ids
-        self._rows = {sequence: row for row, sequence in enumerate(sequences)}
+        # By id: a sequence that has ended must go at once, with all that is kept for it, not with the next step.
+        self._rows = {sequence.request.request_id: row for row, sequence in enumerate(sequences)}
 
     def of(self, sequence: Sequence) -> Tensor:
         """``[1]``: the pending token of a sequence."""
-        row = self._rows[sequence]
+        row = self._rows[sequence.request.request_id]
         return self._token_ids[row : row + 1]
 
     def fill(self, token_ids: Tensor, sequences: Seq[Sequence]) -> None:
         """Write the pending tokens of ``sequences`` to their places at the beginning of ``token_ids``."""
-        pairs = [(place, self._rows[each]) for place, each in enumerate(sequences) if each.num_pending_tokens]
+        pending = [(place, each) for place, each in enumerate(sequences) if each.num_pending_tokens]
+        pairs = [(place, self._rows[each.request.request_id]) for place, each in pending]
         if pairs:
             places, rows = on_device(list(zip(*pairs, strict=True)), token_ids.device)
             token_ids.index_copy_(0, places, self._token_ids.index_select(0, rows))
