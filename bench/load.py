@@ -37,7 +37,8 @@ class LoadPlan:
     """What to send, where, and how fast.
 
     ``rate`` is the mean arrivals per second of an open loop; None means a closed loop of ``concurrency`` clients.
-    ``prompt_words`` of padding come before each question.  ``timeout_s`` bounds each request.
+    ``prompt_words`` of padding come before each question.  ``timeout_s`` bounds each request.  ``first`` is the
+    number of the first question, for loads that must not repeat another's.
     """
 
     url: str
@@ -51,6 +52,7 @@ class LoadPlan:
     asks_usage: bool = True
     pid: int | None = None
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         host = urlsplit(self.url).hostname
@@ -104,7 +106,7 @@ async def send(client: httpx2.AsyncClient, plan: LoadPlan, index: int) -> Outcom
 
 
 async def _closed(client: httpx2.AsyncClient, plan: LoadPlan) -> list[Outcome]:
-    indices, outcomes = iter(range(plan.num_requests)), list[Outcome]()
+    indices, outcomes = iter(range(plan.first, plan.first + plan.num_requests)), list[Outcome]()
 
     async def work() -> None:
         for index in indices:
@@ -116,7 +118,7 @@ async def _closed(client: httpx2.AsyncClient, plan: LoadPlan) -> list[Outcome]:
 
 async def _open(client: httpx2.AsyncClient, plan: LoadPlan, rate: float) -> list[Outcome]:
     arrivals, due, tasks = random.Random(plan.seed), time.perf_counter(), list[asyncio.Task[Outcome]]()  # noqa: S311
-    for index in range(plan.num_requests):
+    for index in range(plan.first, plan.first + plan.num_requests):
         due += arrivals.expovariate(rate)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.create_task(send(client, plan, index)))
@@ -141,7 +143,7 @@ async def run_load(plan: LoadPlan) -> dict[str, Any]:
     lags, memory = list[float](), list[float]()
     # No proxy of the environment may carry the load elsewhere.
     async with httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
-        await send(client, plan, MAX_REQUESTS)
+        await send(client, plan, plan.first + MAX_REQUESTS)
         watching = asyncio.create_task(_watch(plan.pid, lags, memory))
         cpu_before, began = cpu_s(plan.pid) if plan.pid else 0.0, time.perf_counter()
         outcomes = await (_closed(client, plan) if plan.rate is None else _open(client, plan, plan.rate))
@@ -193,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pid", type=int, help="the server's process: adds CPU per token and memory of its tree")
     parser.add_argument("--seed", type=int, default=0, help="of an open loop's arrivals")
+    parser.add_argument("--first", type=int, default=0, help="number of the first question")
     try:
         plan = LoadPlan(**vars(parser.parse_args(argv)))
     except ValueError as error:

@@ -8,8 +8,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.api.errors import plain_error
-
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers together; the check is made for each piece that the socket gives."""
 
@@ -82,6 +80,8 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
 
     def _refuse(self, status_line: bytes, status: int, message: str) -> None:
+        from serve.api.errors import plain_error  # noqa: PLC0415 - with FastAPI, and the port opens before that
+
         response = plain_error(status, message)
         headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
         head = b"HTTP/1.1 " + status_line + b"\r\nconnection: close\r\n"

