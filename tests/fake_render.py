@@ -30,10 +30,14 @@ class Refused(Exception):
 
 
 class FakeRender:
-    """Services by id, deploys newest first.  A deploy passes through ``stages``, one for each time it is asked for."""
+    """Services by id, deploys newest first.  A deploy passes through ``stages``, one for each time it is asked for.
+
+    ``address`` is where new services are reached; ``refuses`` holds the last part of paths that get 500.
+    """
 
     def __init__(self) -> None:
-        self.url = ""
+        self.url = self.address = ""
+        self.refuses: set[str] = set()
         self.owners = [{"id": "tea-1", "name": "mine"}]
         self.services: dict[str, Json] = {}
         self.variables: dict[str, dict[str, str]] = {}
@@ -56,11 +60,15 @@ class FakeRender:
                 return 201, self._create(body)
             case "PATCH", ["services", service_id]:
                 _read(ServicePATCH, body)
-                self.services[service_id]["serviceDetails"] |= body["serviceDetails"]
-                return 200, self.services[service_id]
-            case "PUT", ["services", service_id, "env-vars", name]:
-                self.variables[service_id][name] = body["value"]
-                return 200, {"key": name, "value": body["value"]}
+                service = self.services[service_id]
+                service["serviceDetails"] |= body.get("serviceDetails", {})
+                service["imagePath"] = body.get("image", service)["imagePath"]
+                return 200, service
+            case "DELETE", ["services", service_id]:
+                del self.services[service_id]
+                return 204, None
+            case _, ["services", service_id, "env-vars", *name]:
+                return self._variables(method, self.variables[service_id], name[0] if name else "", body)
             case "POST", ["services", service_id, "deploys"]:
                 _read(CreateDeployBody, body)
                 return 201, self._deploy(service_id, body.get("imageUrl", "built"))
@@ -78,6 +86,16 @@ class FakeRender:
                 return 200, self._logs({name: values[0] for name, values in query.items()})
             case _:
                 raise Refused(404, f"not found: {method} {path}")
+
+    def _variables(self, method: str, variables: dict[str, str], name: str, body: Any) -> tuple[int, Any]:
+        if not name:
+            return 200, [{"envVar": {"key": key, "value": value}, "cursor": key} for key, value in variables.items()]
+        if method == "DELETE":
+            del variables[name]
+            return 204, None
+        if method == "PUT":
+            variables[name] = body["value"]
+        return 200, {"key": name, "value": variables[name]}
 
     def _logs(self, query: dict[str, str]) -> Json:
         """A page; both ends of the window belong to it."""
@@ -101,10 +119,10 @@ class FakeRender:
         if any(service["name"] == parsed.name for service in self.services.values()):
             raise Refused(409, "name is taken")
         service_id = f"srv-{len(self.services)}"
-        details = body["serviceDetails"] | {"url": f"https://{parsed.name}.onrender.com"}
+        details = body["serviceDetails"] | {"url": self.address or f"https://{parsed.name}.onrender.com"}
         self.services[service_id] = {
             "id": service_id, "name": parsed.name, "ownerId": parsed.owner_id, "suspended": "not_suspended",
-            "serviceDetails": details,
+            "serviceDetails": details, "imagePath": body.get("image", {}).get("imagePath"),
         }  # fmt: skip
         self.variables[service_id] = {v["key"]: v.get("value", "generated") for v in body["envVars"]}
         deploy = self._deploy(service_id, body.get("image", {}).get("imagePath", "built"))
@@ -118,6 +136,8 @@ class FakeRender:
 
     def _advance(self, service_id: str, deploy_id: str) -> Json:
         deploy = next(d for d in self.deploys[service_id] if d["id"] == deploy_id)
+        if deploy["status"] in {"live", "deactivated", "update_failed"}:  # it stays so
+            return deploy
         deploy["status"] = self.stages[min(deploy["asked"], len(self.stages) - 1)]
         deploy["asked"] += 1
         if deploy["status"] == "live":
@@ -170,19 +190,21 @@ def serving_render() -> Iterator[FakeRender]:
             try:
                 if self.headers.get("Authorization") != f"Bearer {KEY}":
                     raise Refused(401, "unauthorized")
+                if target.path.rpartition("/")[2] in fake.refuses:
+                    raise Refused(500, "not today")
                 status, value = fake.answer(self.command, target.path, parse_qs(target.query), body)
             except Refused as refusal:
                 status, value = refusal.status, {"id": "e", "message": str(refusal)}
             except (AssertionError, KeyError, ValueError) as error:
                 status, value = 400, {"id": "e", "message": f"as Render's client reads it: {error}"}
-            data = json.dumps(value).encode()
+            data = b"" if value is None else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PUT = do_PATCH = handle_any  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             """Keep the test's output clean."""

@@ -41,10 +41,15 @@ class Refused(Exception):
 
 
 class FakeRunpodApi:
-    """Endpoints by id.  ``failures`` are statuses (or seconds of silence, as floats) for the next requests."""
+    """Endpoints by id.  ``failures`` are statuses (or seconds of silence, as floats) for the next requests.
+
+    ``base`` is where new load balancers are reached; ``refuses`` are methods that get 400.
+    """
 
     def __init__(self) -> None:
         self.url = ""
+        self.base = "https://x.api.runpod.ai"
+        self.refuses: set[str] = set()
         self.endpoints: dict[str, Json] = {}
         self.releases: dict[str, list[Json]] = {}
         self.failures: list[int | float] = []
@@ -60,6 +65,8 @@ class FakeRunpodApi:
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         self.requests.append((method, path, body))
+        if method in self.refuses:
+            raise Refused(400, "Bad Request", "not today")
         match method, path.strip("/").split("/")[1:]:
             case "GET", ["serverless"]:
                 return 200, {"endpoints": list(self.endpoints.values())}
@@ -88,7 +95,7 @@ class FakeRunpodApi:
         if ("gpu" in body) == ("cpu" in body):
             raise Refused(400, "Bad Request", "exactly one of gpu and cpu")
         endpoint_id = f"ep{len(self.endpoints)}"
-        base = {"base": "https://x.api.runpod.ai", "health": "https://x.api.runpod.ai/ping"}
+        base = {"base": self.base, "health": f"{self.base}/ping"}
         run = {"run": "https://api.runpod.ai/v2/x/run"}
         urls = base if body["type"] == "LOAD_BALANCER" else run
         self.endpoints[endpoint_id] = {"flashboot": "OFF", **body, "id": endpoint_id, "requestUrls": urls}

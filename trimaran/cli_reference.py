@@ -10,15 +10,18 @@ import click
 HEADER = """\
 # The `trimaran` command
 
-Data goes to standard output, progress and messages to standard error. Only `trimaran deploy runpod delete` asks, unless
-`--yes` is given. What is left out may come from `trimaran.toml`: [first deployment](../guides/first-deployment.md).
+Data goes to standard output, progress and messages to standard error. Only `trimaran deploy runpod|render delete` asks,
+unless `--yes` is given. What is left out may come from `trimaran.toml`:
+[first deployment](../guides/first-deployment.md).
 
 | exit status | what it says |
 |---|---|
 | 0 | done, or nothing found |
 | 1 | it failed, was interrupted, or found something: findings, a model that fits nowhere |
 | 2 | a setting or an option is wrong, or a credential is missing; the message names it and the remedy |
-| 3 | the model cannot be loaded |
+| 3 | the model cannot be loaded; `trimaran verify`: no answer |
+| 4 | `trimaran status`: a service is stopped or failed |
+| 5, 6 | `trimaran deploy --verify`: a check failed, and the deploy was rolled back (5) or could not be (6) |
 | 70 | the engine died (`trimaran run`) |
 
 This page is made by `scripts/reference`.

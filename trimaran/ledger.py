@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,9 @@ IGNORED = "# The ledger is this machine's own.  To share it, remove this file an
 LIVE, SENT, FAILED = "live", "sent", "failed"
 """It was seen to run; the platform took it and nobody waited; it never ran."""
 
+PASSED, NOT_PASSED = "passed", "failed"
+"""What ``--verify`` found."""
+
 MAX_ERROR_CHARS = 300
 MIN_SECRET_CHARS = 6
 
@@ -41,7 +44,9 @@ class Entry:
     """One deploy or rollback.
 
     ``artifact`` is the image, with its digest where the platform tells it, or the commit; ``revision`` is what the
-    platform calls this deploy; ``configuration`` a hash; ``number`` counts a service's entries from 1, and is not kept.
+    platform calls this deploy; ``configuration`` a hash; ``verify`` is ``passed`` or ``failed`` where the deploy was
+    verified; ``restores`` is the number of the entry that a rollback returns to, where the ledger has it; ``number``
+    counts a service's entries from 1, and is not kept.
     """
 
     platform: str
@@ -99,8 +104,13 @@ def _without_secrets(value: Any) -> Any:
 
 
 @contextmanager
-def recording(platform: str, name: str, action: str = "deploy") -> Generator[Entry]:
-    """Append the entry that the block fills in, also when the block fails.  Never fails itself."""
+def recording(
+    platform: str, name: str, action: str = "deploy", tell: Callable[[Entry], None] | None = None
+) -> Generator[Entry]:
+    """Append the entry that the block fills in, also when the block fails.  Never fails itself.
+
+    ``tell`` is then called with the entry.
+    """
     entry = Entry(platform=platform, name=name, action=action, time=_now())
     began = time.monotonic()
     try:
@@ -108,7 +118,7 @@ def recording(platform: str, name: str, action: str = "deploy") -> Generator[Ent
     except BaseException as error:
         is_under_way = isinstance(error, KeyboardInterrupt) and entry.revision is not None
         entry.result = SENT if is_under_way else FAILED
-        entry.error = _masked(str(getattr(error, "message", error)) or type(error).__name__)
+        entry.error = masked(str(getattr(error, "message", error)) or type(error).__name__)
         raise
     finally:
         entry.seconds = round(time.monotonic() - began, 1)
@@ -116,6 +126,8 @@ def recording(platform: str, name: str, action: str = "deploy") -> Generator[Ent
             append(entry)
         except OSError as error:
             click.echo(f"Note: the ledger {path()} could not be written: {error.strerror or error}", err=True)
+        if tell is not None:
+            tell(entry)
 
 
 def append(entry: Entry) -> None:
@@ -169,6 +181,16 @@ def read() -> tuple[list[Entry], list[int]]:
     return entries, broken
 
 
+def newest(platform: str, name: str, matches: Callable[[Entry], bool]) -> int | None:
+    """The number of a service's newest entry that ran and ``matches``; None where the ledger knows of none."""
+    try:
+        entries, _ = read()
+    except OSError:
+        return None
+    own = [entry for entry in entries if (entry.platform, entry.name) == (platform, name) and entry.result != FAILED]
+    return next((entry.number for entry in reversed(own) if matches(entry)), None)
+
+
 def _entry(line: bytes) -> Entry | None:
     """An entry, also of a later version with more fields; None where it is none."""
     try:
@@ -184,7 +206,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _masked(text: str) -> str:
+def masked(text: str) -> str:
     """The first lines of an error, without the value of any secret of this environment."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name):

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import uvicorn
 from click.testing import CliRunner, Result
+from fronts import App, Message, Receive, Send, in_front
 from support import Served, eventually, serving
 
 from serve.engine.base import EngineConfig
 from serve.engine.echo import EchoEngine
 from trimaran.cli import main
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 KEY = "sk-verify"
 SLOW = 0.006
@@ -40,19 +34,6 @@ def slow_server(**settings: Any) -> Iterator[Served]:
 def healthy() -> Iterator[Served]:
     with slow_server() as served:
         yield served
-
-
-@contextmanager
-def in_front(served: Served, fault: Callable[[App], App]) -> Iterator[str]:
-    """A port of its own with ``fault`` between it and the server's app."""
-    config = uvicorn.Config(fault(served.app), host="127.0.0.1", port=0, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    eventually(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
 
 
 def verify(url: str, *options: str, key: str = KEY) -> Result:

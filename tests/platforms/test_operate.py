@@ -8,9 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -18,14 +16,10 @@ from fake_render import KEY as RENDER_KEY
 from fake_render import FakeRender, serving_render
 from fake_runpod import KEY as RUNPOD_KEY
 from fake_runpod import FakeRunpodApi, serving_runpod_api
-from modal_local import KEY as MODAL_KEY
-from modal_local import modal_deploy
 
 from trimaran import ledger
 from trimaran.cli import main
-from trimaran.deploy import render as render_commands
-from trimaran.emulate.modal.service import Emulator
-from trimaran.emulate.modal.session import start, wait_until_ready
+from trimaran.deploy import on_render
 from trimaran.operate import render as render_service
 from trimaran.operate.render import RenderService
 from trimaran.operate.runpod import RunpodService
@@ -35,7 +29,7 @@ ONE, TWO = (f"docker.io/me/trimaran@sha256:{digit * 64}" for digit in "12")
 
 @pytest.fixture
 def render(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRender]:
-    monkeypatch.setattr(render_commands, "POLL_S", 0.0)
+    monkeypatch.setattr(on_render, "POLL_S", 0.0)
     with serving_render() as fake:
         monkeypatch.setenv("RENDER_API_KEY", RENDER_KEY)
         monkeypatch.setenv("RENDER_API_URL", fake.url)
@@ -215,84 +209,3 @@ def test_follow_ends_with_ctrl_c(render):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (130, "")
-
-
-@pytest.fixture
-def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with Emulator() as account:
-        settings: dict[str, Any] = {"SERVE_ENGINE": "echo", "SERVE_API_KEYS": MODAL_KEY, "HF_HUB_OFFLINE": "1"}
-        for variable, value in (account.client_environment() | settings).items():
-            monkeypatch.setenv(variable, value)
-        yield account
-
-
-@pytest.mark.timeout(150)  # many starts of Modal's command, each over a second
-def test_modal_is_deployed_and_rolled_back_with_its_own_command(account, monkeypatch):
-    run("deploy", "modal")
-    first = account.published
-    monkeypatch.setenv("SERVE_MAX_QUEUE", "7")
-    run("deploy", "modal")
-    assert account.published is not first
-    done = run("rollback", "modal", "1")
-    assert account.published is first
-    assert done.stdout == account.url + "\n"
-    made = entries()
-    assert [(entry.name, entry.revision, entry.result) for entry in made] == [
-        ("echo", f"v{number}", "live") for number in (1, 2, 3)
-    ]
-    assert made[0].configuration != made[1].configuration
-    assert made[2].configuration == made[0].configuration
-    assert MODAL_KEY not in ledger.path().read_text()
-    assert "no number 9 of echo" in run("rollback", "modal", "9", status=2).stderr
-
-
-@pytest.mark.timeout(150)
-def test_modals_status_and_logs_are_those_of_its_containers(account):
-    deployed = modal_deploy(account)
-    assert deployed.returncode == 0, deployed.stderr
-    container = start(account)
-    try:
-        wait_until_ready(container, MODAL_KEY)
-        (shown,) = json.loads(run("status", "modal", "--name", "echo", "--json").stdout)
-        assert (shown["state"], shown["running"], shown["deploys"][0]["revision"]) == ("live", 1, "v1")
-        last = json.loads(run("logs", "modal", "--name", "echo", "--tail", "1", "--json").stdout)
-        assert last["time"].startswith("20")
-        assert "Ready after" in last["text"]
-        assert follows(container.folder / "log") == "a line that comes"
-    finally:
-        container.stop()
-    assert "No App with name 'nowhere'" in run("status", "modal", "--name", "nowhere", status=2).stderr
-
-
-def follows(log: Any) -> str:
-    """What ``logs --follow`` shows of a line that is written while it runs."""
-    from trimaran.operate.modal import ModalService
-
-    lines = ModalService("echo").logs(1, follow=True)
-    next(lines)
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.wait(0.1):
-            with log.open("a") as file:
-                file.write("a line that comes\n")
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        return next(line.text for line in lines if line.text)
-    finally:
-        stop.set()
-        writer.join()
-
-
-def test_modal_without_an_account_or_with_an_unfit_option_is_refused(monkeypatch):
-    monkeypatch.setenv("MODAL_CONFIG_PATH", os.devnull)
-    assert "modal setup" in run("status", "modal", "--name", "chat", status=2).stderr
-    monkeypatch.setenv("SERVE_ENGINE", "echo")
-    assert "set MODAL_ENVIRONMENT" in run("deploy", "modal", "--env=prod", status=2).stderr
-    monkeypatch.setenv("SERVE_MODEL", "./nowhere")
-    monkeypatch.setenv("SERVE_ENGINE", "transformers")
-    assert run("deploy", "modal", "--name", "chat", status=1).stderr
-    (entry,) = entries()
-    assert (entry.result, entry.name) == ("failed", "chat")

@@ -18,7 +18,7 @@ from fake_render import KEY, FakeRender, serving_render
 
 from serve.errors import HubUnreachable
 from trimaran.cli import main
-from trimaran.deploy import render as commands
+from trimaran.deploy import on_render
 from trimaran.plan import need
 from trimaran.platforms.render.check import check_blueprint
 
@@ -29,7 +29,7 @@ TOKEN = "hf_" + "Q7x" * 12
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRender]:
-    monkeypatch.setattr(commands, "POLL_S", 0.0)
+    monkeypatch.setattr(on_render, "POLL_S", 0.0)
     monkeypatch.setattr(need, "weight_bytes", unreachable)
     monkeypatch.chdir(ROOT)
     with serving_render() as fake:

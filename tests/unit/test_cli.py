@@ -48,6 +48,8 @@ COMMANDS = dict(commands(main, "trimaran"))
 DATA = [
     "plan", "doctor", "config", "usage", "demo-model", "deploy render check", "deploy render status",
     "deploy render logs", "deploy runpod status", "deploy runpod logs", "history", "status", "logs", "trace",
+    "verify", "rollback", "deploy modal", "deploy render", "deploy runpod", "deploy render rollback",
+    "deploy render delete", "deploy runpod rollback", "deploy runpod delete",
 ]  # fmt: skip
 """Commands that print data."""
 

@@ -18,7 +18,10 @@ TYPES: dict[str, Json] = {
     "integer": {"type": "integer"}, "integer range": {"type": "integer"}, "float": {"type": "number"},
     "boolean": {"type": "boolean"},
 }  # fmt: skip
-NOT_IN_FILES = frozenset({"dry_run", "wait", "write", "owner", "cached_model", "unset", "version"})
+NOT_IN_FILES = frozenset(
+    {"dry_run", "wait", "write", "owner", "cached_model", "unset", "version", "json"}
+    | {"verify", "verify_local", "verify_reference", "verify_wait", "verify_header", "verify_key"}
+)
 """Options that say what one run shall do."""
 
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from serve.errors import ConfigError, ModelLoadError, ServeError
-from trimaran import ledger
+from serve.errors import ConfigError, ModelLoadError
+from trimaran.deploy.answer import deleted, json_option, teller
+from trimaran.deploy.proof import EXITS, carry_out, proof, verify_options
 
 if TYPE_CHECKING:
-    from trimaran.platforms.render.api import RenderApi
     from trimaran.platforms.render.service import ServiceSpec
 
 PASSED_SECRETS = ("HF_TOKEN", "SERVE_REMOTE_API_KEY", "SERVE_API_KEYS")
 """Taken from the local environment when they are set there."""
 
-POLL_S = 3.0
 name_option = click.option("--name", default="trimaran", show_default=True, help="The service's name.")
 
 
 @click.group(
     invoke_without_command=True,
-    epilog="Example: trimaran deploy render --name chat --image docker.io/me/trimaran:cpu --model Qwen/Qwen3-0.6B",
+    epilog="Example: trimaran deploy render --name chat --image docker.io/me/trimaran:cpu --model Qwen/Qwen3-0.6B "
+    f"--verify\n\n{EXITS}.",
 )
 @name_option
 @click.option("--image", help="A prebuilt image; a digest is best.")
@@ -44,6 +43,7 @@ name_option = click.option("--name", default="trimaran", show_default=True, help
 @click.option("--write", type=click.Path(path_type=Path), help="Write a Blueprint to this file; call nothing.")
 @click.option("--dry-run", is_flag=True, help="Print the Blueprint and the API request; call nothing.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until the deploy is live or has failed.")
+@verify_options
 @click.pass_context
 def render(context: click.Context, **options: Any) -> None:
     """Create or update a web service on Render, or write its Blueprint.
@@ -65,7 +65,13 @@ def render(context: click.Context, **options: Any) -> None:
         body = without_secrets(create_body(spec, options["owner"] or "OWNER"))
         click.echo("\n".join("# " + line for line in json.dumps(body, indent=2).splitlines()))
     else:
-        _deploy(spec, options["owner"], options["wait"])
+        if not (spec.image or spec.repo):
+            raise ConfigError("name what to run: --image REGISTRY/NAME@DIGEST, or --repo URL with the Dockerfile")
+        _checked_blueprint(spec)
+        from trimaran.deploy.on_render import RenderSide  # noqa: PLC0415
+
+        asked = proof(options)
+        carry_out(RenderSide(spec, options["owner"]), asked, wait=options["wait"], as_json=options["as_json"])
 
 
 def _spec(options: dict[str, Any]) -> ServiceSpec:
@@ -148,63 +154,6 @@ def _checked_blueprint(spec: ServiceSpec) -> str:
     return text
 
 
-def _deploy(spec: ServiceSpec, owner: str | None, wait: bool) -> None:
-    if not (spec.image or spec.repo):
-        raise ConfigError("name what to run: --image REGISTRY/NAME@DIGEST, or --repo URL with the Dockerfile")
-    from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
-    from trimaran.platforms.render.service import create_body  # noqa: PLC0415
-
-    _checked_blueprint(spec)
-    api = open_api()
-    with ledger.recording("render", spec.name) as entry:
-        entry.configuration = ledger.fingerprint(create_body(spec, ""))
-        entry.artifact = spec.image
-        service = api.find(spec.name)
-        if service is None:
-            service, entry.revision = api.create(spec, api.owner(owner))
-            click.echo(f"Created {service['name']} ({service['id']})", err=True)
-        else:
-            entry.revision = api.update(spec, service) or None
-            click.echo(f"Updated {service['name']} ({service['id']})", err=True)
-        entry.service, entry.url = service["id"], address(service)
-        if wait and entry.revision:
-            entry.artifact = artifact(wait_until_live(api, service["id"], entry.revision))
-            entry.result = ledger.LIVE
-    click.echo(entry.url)
-
-
-def wait_until_live(api: RenderApi, service_id: str, deploy_id: str) -> dict[str, Any]:
-    """The deploy, when it is live.
-
-    Raises:
-        ServeError: it ended otherwise.
-    """
-    from trimaran.platforms.render.api import ENDED  # noqa: PLC0415
-
-    shown = ""
-    while True:
-        deploy = api.deploy(service_id, deploy_id)
-        status = str(deploy["status"])
-        if status != shown:
-            click.echo(f"  {status}", err=True)
-            shown = status
-        if status == "live":
-            return deploy
-        if status in ENDED:
-            raise ServeError(f"the deploy ended as {status}; see: trimaran deploy render logs")
-        time.sleep(POLL_S)
-
-
-def open_api() -> RenderApi:
-    """Render's API with the key of this environment."""
-    from trimaran.platforms.render.api import API, RenderApi  # noqa: PLC0415
-
-    key = os.environ.get("RENDER_API_KEY")
-    if not key:
-        raise ConfigError("set RENDER_API_KEY to a key from Render's Account Settings > API Keys")
-    return RenderApi(key, os.environ.get("RENDER_API_URL", API))
-
-
 @render.command(epilog="Example: trimaran deploy render check deploy/render/render.yaml")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path), default="render.yaml")
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".", help="Repository.")
@@ -228,6 +177,7 @@ def check(context: click.Context, file: Path, root: Path, as_json: bool) -> None
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str, as_json: bool) -> None:
     """Show the service and its latest deploys."""
+    from trimaran.deploy.on_render import open_api  # noqa: PLC0415
     from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
 
     api = open_api()
@@ -247,6 +197,8 @@ def status(name: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def logs(name: str, limit: int, as_json: bool) -> None:
     """Show the service's latest log lines."""
+    from trimaran.deploy.on_render import open_api  # noqa: PLC0415
+
     api = open_api()
     for line in api.logs(api.get(name), limit):
         click.echo(json.dumps(line) if as_json else f"{line['timestamp']}  {line['message']}")
@@ -256,24 +208,25 @@ def logs(name: str, limit: int, as_json: bool) -> None:
 @name_option
 @click.option("--to", "deploy_id", help="A deploy's id.  Default: the last one that was live before.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is live or has failed.")
-def rollback(name: str, deploy_id: str | None, wait: bool) -> None:
+@json_option
+def rollback(name: str, deploy_id: str | None, wait: bool, as_json: bool) -> None:
     """Return to an earlier deploy."""
-    return_to(name, deploy_id, wait=wait)
+    from trimaran.deploy.on_render import return_to  # noqa: PLC0415
+
+    return_to(name, deploy_id, wait=wait, tell=teller(as_json))
 
 
-def return_to(name: str, deploy_id: str | None, *, wait: bool, restores: ledger.Entry | None = None) -> None:
-    """Roll back, wait, and note it in the ledger; ``restores`` is the entry that is returned to."""
-    from trimaran.platforms.render.api import address, artifact  # noqa: PLC0415
+@render.command(epilog="Example: trimaran deploy render delete --name chat --yes")
+@name_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def delete(name: str, yes: bool, as_json: bool) -> None:
+    """Delete the service, with its disk and its variables."""
+    from trimaran.deploy.on_render import open_api  # noqa: PLC0415
 
     api = open_api()
     service = api.get(name)
-    with ledger.recording("render", name, "rollback") as entry:
-        entry.restores = restores.number if restores else None
-        deploy = api.rollback(service, deploy_id)
-        entry.service, entry.revision, entry.url = service["id"], deploy["id"], address(service)
-        entry.artifact = artifact(deploy)
-        click.echo(f"Rolling back {name}: deploy {deploy['id']}", err=True)
-        if wait:
-            entry.artifact = artifact(wait_until_live(api, service["id"], deploy["id"]))
-            entry.result = ledger.LIVE
-    click.echo(entry.url)
+    if not yes:
+        click.confirm(f"Delete {name} ({service['id']})?", abort=True, err=True)
+    api.delete(service["id"])
+    deleted("render", name, service["id"], as_json)

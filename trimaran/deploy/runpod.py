@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from serve.errors import ConfigError, ServeError
-from trimaran import ledger
-from trimaran.platforms.runpod.endpoint import FLASHBOOT_SUFFIX
+from serve.errors import ConfigError
+from trimaran.deploy.answer import deleted, json_option, teller
+from trimaran.deploy.proof import EXITS, carry_out, proof, verify_options
 
 if TYPE_CHECKING:
-    from trimaran.platforms.runpod.api import RunpodApi
     from trimaran.platforms.runpod.endpoint import EndpointSpec
 
-POLL_S, WAIT_S = 3.0, 1800.0
 name_option = click.option("--name", default="trimaran", show_default=True, help="The endpoint's name.")
 id_option = click.option("--id", "endpoint_id", help="Its id, where several endpoints have the name.")
 
@@ -30,7 +26,8 @@ def _listed(_context: click.Context, _parameter: click.Parameter, values: tuple[
 
 @click.group(
     invoke_without_command=True,
-    epilog="Example: trimaran deploy runpod --name chat --image docker.io/me/trimaran:runpod --model Qwen/Qwen3-4B",
+    epilog="Example: trimaran deploy runpod --name chat --image docker.io/me/trimaran:runpod --model Qwen/Qwen3-4B "
+    f"--verify\n\n{EXITS}.",
 )
 @name_option
 @id_option
@@ -58,6 +55,7 @@ def _listed(_context: click.Context, _parameter: click.Parameter, values: tuple[
 @click.option("--unset", multiple=True, metavar="NAME", help="Remove a variable; repeatable.")
 @click.option("--wait/--no-wait", default=False, show_default=True, help="Until a worker of this version is ready.")
 @click.option("--dry-run", is_flag=True, help="Print the request; call nothing.")
+@verify_options
 @click.pass_context
 def runpod(context: click.Context, **options: Any) -> None:
     """Create an endpoint on RunPod Serverless, or update the one of that name.
@@ -76,7 +74,10 @@ def runpod(context: click.Context, **options: Any) -> None:
         click.echo("# POST /v2/serverless (an update sends only what is named, and the merged env)", err=True)
         click.echo(json.dumps(without_values(create_body(spec)), indent=2))
         return
-    _deploy(spec, options["endpoint_id"], options["wait"])
+    from trimaran.deploy.on_runpod import RunpodSide  # noqa: PLC0415
+
+    side, asked = RunpodSide(spec, options["endpoint_id"]), proof(options)
+    carry_out(side, asked, wait=options["wait"], as_json=options["as_json"])
 
 
 def _spec(options: dict[str, Any]) -> EndpointSpec:
@@ -130,62 +131,13 @@ def _say_cached_model(spec: EndpointSpec) -> None:
     )
 
 
-def _deploy(spec: EndpointSpec, endpoint_id: str | None, wait: bool) -> None:
-    from trimaran.platforms.runpod.endpoint import address, configuration, create_body, update_body  # noqa: PLC0415
-
-    api = open_api()
-    current = api.find(spec.name, endpoint_id)
-    body = create_body(spec) if current is None else update_body(spec, current)
-    with ledger.recording("runpod", spec.name) as entry:
-        entry.artifact, entry.configuration = spec.image, ledger.fingerprint(configuration(body))
-        endpoint = api.create(body) if current is None else api.update(current["id"], body)
-        entry.service, entry.url, entry.artifact = endpoint["id"], address(endpoint), endpoint.get("image")
-        entry.configuration = ledger.fingerprint(configuration(endpoint))
-        entry.revision = api.newest_version(endpoint["id"])
-        click.echo(f"{'Updated' if current else 'Created'} {endpoint['name']} ({endpoint['id']})", err=True)
-        if body["env"].get("SERVE_ALLOW_ANONYMOUS") == "true" and spec.mode == "http":
-            click.echo(
-                "Note: the server asks for no key of its own; whoever has a key of your RunPod account can use it.  "
-                "--api-keys-secret adds ours, which callers send as X-API-Key.",
-                err=True,
-            )
-        if wait:
-            _wait(api, endpoint["id"])
-            entry.result = ledger.LIVE
-    click.echo(entry.url)
-
-
-def _wait(api: RunpodApi, endpoint_id: str) -> None:
-    shown, deadline = "", time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        answer = api.workers(endpoint_id)
-        fresh = [worker["status"] for worker in answer["workers"] if not worker["isStale"]]
-        text = ", ".join(sorted(fresh)) or "no worker yet"
-        if text != shown:
-            click.echo(f"  {text}", err=True)
-            shown = text
-        if {"RUNNING", "IDLE"} & set(fresh):
-            return
-        time.sleep(POLL_S)
-    raise ServeError("no worker became ready; see: trimaran deploy runpod logs")
-
-
-def open_api() -> RunpodApi:
-    """RunPod's API with the key of this environment."""
-    from trimaran.platforms.runpod.api import API, RunpodApi  # noqa: PLC0415
-
-    key = os.environ.get("RUNPOD_API_KEY")
-    if not key:
-        raise ConfigError("set RUNPOD_API_KEY to a key from RunPod's Settings > API Keys")
-    return RunpodApi(key, os.environ.get("RUNPOD_API_URL", API))
-
-
 @runpod.command(epilog="Example: trimaran deploy runpod status --name chat")
 @name_option
 @id_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
     """Show the endpoint, its workers and its releases."""
+    from trimaran.deploy.on_runpod import open_api  # noqa: PLC0415
     from trimaran.platforms.runpod.endpoint import address, without_values  # noqa: PLC0415
 
     api = open_api()
@@ -217,6 +169,8 @@ def status(name: str, endpoint_id: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, quiet_s: float, as_json: bool) -> None:
     """Show the workers' latest log lines."""
+    from trimaran.deploy.on_runpod import open_api  # noqa: PLC0415
+
     api = open_api()
     endpoint = api.get(name, endpoint_id)
     workers = [worker_id] if worker_id else [worker["id"] for worker in api.workers(endpoint["id"])["workers"]]
@@ -232,44 +186,30 @@ def logs(name: str, endpoint_id: str | None, worker_id: str | None, tail: int, q
 @name_option
 @id_option
 @click.option("--to", "version", type=int, help="A release's version.  Default: the last one with another image.")
-def rollback(name: str, endpoint_id: str | None, version: int | None) -> None:
+@json_option
+def rollback(name: str, endpoint_id: str | None, version: int | None, as_json: bool) -> None:
     """Return to the image of an earlier release; the environment stays as it is."""
+    from trimaran.deploy.on_runpod import open_api, return_to  # noqa: PLC0415
     from trimaran.platforms.runpod.endpoint import image_before  # noqa: PLC0415
 
     api = open_api()
     endpoint = api.get(name, endpoint_id)
-    return_to(api, endpoint, image_before(api.releases(endpoint["id"]), str(endpoint.get("image") or ""), version))
-
-
-def return_to(
-    api: RunpodApi, endpoint: dict[str, Any], image: str, *, restores: ledger.Entry | None = None, wait: bool = False
-) -> None:
-    """Set an earlier image, and note it in the ledger; ``restores`` is the entry that is returned to."""
-    from trimaran.platforms.runpod.endpoint import address, configuration  # noqa: PLC0415
-
-    name = endpoint["name"].removesuffix(FLASHBOOT_SUFFIX)
-    with ledger.recording("runpod", name, "rollback") as entry:
-        entry.restores, entry.artifact = restores.number if restores else None, image
-        endpoint = api.update(endpoint["id"], {"image": image})
-        entry.service, entry.url = endpoint["id"], address(endpoint)
-        entry.configuration = ledger.fingerprint(configuration(endpoint))
-        entry.revision = api.newest_version(endpoint["id"])
-        click.echo(f"{name} goes back to {image}", err=True)
-        if wait:
-            _wait(api, endpoint["id"])
-            entry.result = ledger.LIVE
-    click.echo(entry.url)
+    image = image_before(api.releases(endpoint["id"]), str(endpoint.get("image") or ""), version)
+    return_to(api, endpoint, image, tell=teller(as_json))
 
 
 @runpod.command(epilog="Example: trimaran deploy runpod delete --name chat")
 @name_option
 @id_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def delete(name: str, endpoint_id: str | None, yes: bool) -> None:
+@json_option
+def delete(name: str, endpoint_id: str | None, yes: bool, as_json: bool) -> None:
     """Delete the endpoint: its workers end, its jobs are cancelled."""
+    from trimaran.deploy.on_runpod import open_api  # noqa: PLC0415
+
     api = open_api()
     endpoint = api.get(name, endpoint_id)
     if not yes:
         click.confirm(f"Delete {endpoint['name']} ({endpoint['id']}) and cancel its jobs?", abort=True, err=True)
     api.delete(endpoint["id"])
-    click.echo(f"Deleted {endpoint['name']} ({endpoint['id']})", err=True)
+    deleted("runpod", endpoint["name"], endpoint["id"], as_json)

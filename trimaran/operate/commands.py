@@ -9,6 +9,7 @@ import click
 
 from serve.errors import ConfigError, ServeError
 from trimaran import ledger
+from trimaran.deploy.answer import teller
 from trimaran.operate.service import (
     FAILED,
     PLATFORMS,
@@ -82,8 +83,15 @@ def _short(artifact: str | None) -> str:
 @id_option
 @click.option("--wait/--no-wait", default=None, help="Until it is live.  Default: yes, but not on RunPod.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def rollback(
-    platform: str, number: int | None, name: str | None, service_id: str | None, wait: bool | None, dry_run: bool
+    platform: str,
+    number: int | None,
+    name: str | None,
+    service_id: str | None,
+    wait: bool | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Return to an earlier deploy: number N of `trimaran history`, or the platform's own version before.
 
@@ -96,12 +104,14 @@ def rollback(
     to = _target(own, number, f"{name} on {platform}")
     if to is not None:
         click.echo(f"{name}: back to number {to.number}, {to.time}, {_short(to.artifact)}", err=True)
+        if to.verify == ledger.NOT_PASSED:
+            click.echo(f"Note: number {to.number} failed its verification.", err=True)
         _note_configuration(platform, own, to)
     if dry_run:
         click.echo("Dry run: nothing was changed.", err=True)
         return
     with waiting(f"Rolling back on {platform}"):
-        open_service(platform, name, service_id).rollback(to, wait=wait)
+        open_service(platform, name, service_id).rollback(to, wait=wait, tell=teller(as_json))
 
 
 def _target(own: list[ledger.Entry], number: int | None, where: str) -> ledger.Entry | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 
 from serve.errors import ConfigError
 from trimaran import ledger
-from trimaran.deploy.modal import note_version
+from trimaran.deploy.on_modal import note_version
 from trimaran.operate.service import DEPLOYING, FAILED, LIVE, STOPPED, Deploy, Line, Status
 from trimaran.platforms.modal import client
 
@@ -43,7 +43,7 @@ class ModalService:
             service=str(info["app_id"]),
             state=STATES.get(state, FAILED),
             detail=state,
-            url=_last_url(self._name),
+            url=last_url(self._name),
             artifact=deploys[0].artifact if deploys else None,
             running=len(client.containers(str(info["app_id"]))),
             deploys=deploys,
@@ -55,23 +55,21 @@ class ModalService:
             timed = TIMED.match(line)
             yield Line(timed[1], "", timed[2]) if timed else Line("", "", line)
 
-    def rollback(self, to: ledger.Entry | None, *, wait: bool | None) -> None:
+    def rollback(self, to: ledger.Entry | None, *, wait: bool | None, tell: Callable[[ledger.Entry], None]) -> None:
         """See :class:`~trimaran.operate.service.Service`.  Modal's command itself waits."""
         del wait
         if to is not None and not to.revision:
             raise ConfigError(f"the ledger has no version for number {to.number}; see: modal app history {self._name}")
-        with ledger.recording("modal", self._name, "rollback") as entry:
-            entry.url = _last_url(self._name)
+        with ledger.recording("modal", self._name, "rollback", tell) as entry:
+            entry.url = last_url(self._name)
             if to is not None:
                 entry.restores, entry.configuration = to.number, to.configuration
             client.rollback(self._name, to.revision if to else None)
             note_version(entry)
-        click.echo(f"{self._name} goes back to {to.revision if to else 'the version before'}", err=True)
-        if entry.url:
-            click.echo(entry.url)
+            click.echo(f"{self._name} goes back to {to.revision if to else 'the version before'}", err=True)
 
 
-def _last_url(name: str) -> str | None:
+def last_url(name: str) -> str | None:
     """Modal's command does not tell an app's address after the deploy; the ledger does."""
     entries, _ = ledger.read()
     known = [entry.url for entry in entries if (entry.platform, entry.name) == ("modal", name) and entry.url]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from serve.errors import ConfigError
 from trimaran import ledger
-from trimaran.deploy import render
+from trimaran.deploy import on_render
 from trimaran.operate.service import DEPLOYING, FAILED, LIVE, STOPPED, Deploy, Line, Status
 from trimaran.platforms.render.api import ENDED, address, artifact
 
@@ -27,7 +27,7 @@ class RenderService:
     """
 
     def __init__(self, name: str) -> None:
-        self._api = render.open_api()
+        self._api = on_render.open_api()
         self._service = self._api.get(name)
         self._name = name
 
@@ -77,11 +77,12 @@ class RenderService:
                     newest = str(entry["timestamp"])
                     yield _line(entry)
 
-    def rollback(self, to: ledger.Entry | None, *, wait: bool | None) -> None:
+    def rollback(self, to: ledger.Entry | None, *, wait: bool | None, tell: Callable[[ledger.Entry], None]) -> None:
         """See :class:`~trimaran.operate.service.Service`."""
         if to is not None and not to.revision:
             raise ConfigError(f"the ledger has no deploy's id for number {to.number}; nothing to return to")
-        render.return_to(self._name, to.revision if to else None, wait=wait is not False, restores=to)
+        revision = to.revision if to else None
+        on_render.return_to(self._name, revision, wait=wait is not False, tell=tell, restores=to)
 
 
 def _key(entry: dict[str, Any]) -> str:

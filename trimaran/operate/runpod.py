@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from serve.errors import ConfigError, ServeError
 from trimaran import ledger
-from trimaran.deploy import runpod
+from trimaran.deploy import on_runpod
 from trimaran.operate.service import DEPLOYING, FAILED, LIVE, STOPPED, Deploy, Line, Status
 from trimaran.platforms.runpod.endpoint import address, configuration, image_before
 
@@ -36,7 +36,7 @@ class RunpodService:
     """
 
     def __init__(self, name: str, endpoint_id: str | None = None) -> None:
-        self._api = runpod.open_api()
+        self._api = on_runpod.open_api()
         self._endpoint = self._api.get(name, endpoint_id)
         self._id = str(self._endpoint["id"])
         self._name = name
@@ -78,7 +78,7 @@ class RunpodService:
             for entry in self._api.logs(self._id, worker, tail, QUIET_S):
                 yield _line(worker, entry)
 
-    def rollback(self, to: ledger.Entry | None, *, wait: bool | None) -> None:
+    def rollback(self, to: ledger.Entry | None, *, wait: bool | None, tell: Callable[[ledger.Entry], None]) -> None:
         """See :class:`~trimaran.operate.service.Service`.  RunPod has no rollback: the earlier image is set again."""
         current = str(self._endpoint.get("image") or "")
         image = to.artifact if to else image_before(self._api.releases(self._id), current)
@@ -88,7 +88,7 @@ class RunpodService:
             now = ledger.fingerprint(configuration(self._endpoint))
             differs = "; its variables or sizes were others: deploy them again" if to.configuration != now else ""
             raise ConfigError(f"number {to.number} is of the image that runs now, {image}{differs}")
-        runpod.return_to(self._api, self._endpoint, str(image), restores=to, wait=bool(wait))
+        on_runpod.return_to(self._api, self._endpoint, str(image), tell=tell, restores=to, wait=bool(wait))
 
     def _worker_ids(self) -> list[str]:
         return [str(worker["id"]) for worker in self._api.workers(self._id)["workers"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,10 +62,11 @@ class Service(Protocol):
         """The last ``tail`` lines, oldest first; then, with ``follow``, those that come, for ever."""
         ...
 
-    def rollback(self, to: ledger.Entry | None, *, wait: bool | None) -> None:
+    def rollback(self, to: ledger.Entry | None, *, wait: bool | None, tell: Callable[[ledger.Entry], None]) -> None:
         """Return to an entry of the ledger, or to what the platform calls the version before; noted in the ledger.
 
         ``wait`` until it is live; None: where that comes by itself (on RunPod a worker starts with the next request).
+        ``tell`` is called with the ledger's entry.
         """
         ...
 

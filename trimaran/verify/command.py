@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -12,12 +10,10 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
-from serve.errors import ConfigError
 from trimaran.progress import waiting
 
 if TYPE_CHECKING:
     from trimaran.verify.outcome import Outcome
-    from trimaran.verify.reference import Reference
     from trimaran.verify.target import Target
 
 NOT_AS_PROMISED = 1
@@ -59,6 +55,7 @@ def verify(
     """
     from trimaran.verify import reference as golden  # noqa: PLC0415
     from trimaran.verify import report  # noqa: PLC0415
+    from trimaran.verify.checks import checks, cold_start, first_model  # noqa: PLC0415
     from trimaran.verify.target import Target  # noqa: PLC0415
 
     check_address(url)
@@ -66,9 +63,8 @@ def verify(
     _check_listener(url)
     wanted = golden.read(reference) if reference else None
     with Target(url, key.partition(",")[0].strip(), timeout, sent) as target:
-        with waiting("Waiting until the server is ready"):
-            wait_until_ready(target, wait)
-        target.model = model or _first_model(target)
+        _wait_until_ready(target, wait)
+        target.model = model or first_model(target)
         if record:
             golden.write(record, target, golden.record(target))
             click.echo(f"Recorded in {record}")
@@ -90,83 +86,22 @@ def verify(
         sys.exit(NOT_AS_PROMISED)
 
 
+def _wait_until_ready(target: Target, wait_s: float) -> None:
+    from trimaran.verify.checks import ready_within  # noqa: PLC0415
+
+    with waiting("Waiting until the server is ready"):
+        why = ready_within(target, wait_s)
+    if why:
+        click.echo(f"trimaran: {why}", err=True)
+        sys.exit(NO_ANSWER)
+
+
 def _check_listener(url: str) -> None:
     from trimaran.verify.target import nobody_there  # noqa: PLC0415
 
     if not is_told_to_wait() and (why := nobody_there(url)):
         click.echo(f"trimaran: {why}", err=True)
         sys.exit(NO_ANSWER)
-
-
-def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterator[Outcome]:
-    """Every check, in order.  One that gets no whole answer has failed."""
-    from functools import partial  # noqa: PLC0415
-
-    import httpx2 as httpx  # noqa: PLC0415
-
-    from trimaran.verify import answers, load, manners  # noqa: PLC0415
-    from trimaran.verify.outcome import failed, skipped  # noqa: PLC0415
-    from trimaran.verify.reference import check_golden  # noqa: PLC0415
-    from trimaran.verify.target import Stream  # noqa: PLC0415
-
-    stream = Stream()
-    try:
-        outcome, stream = answers.check_stream(target)
-    except httpx.HTTPError as error:
-        outcome = failed("stream", f"no whole answer: {type(error).__name__}: {error}")
-    yield outcome
-    unknown = skipped("golden tokens", "nothing to compare with: give --local MODEL or --reference FILE")
-    for name, check in (
-        ("pace", partial(answers.check_pace, target, stream)),
-        ("usage", partial(answers.check_usage, target, stream)),
-        ("golden tokens", (lambda: unknown) if wanted is None else partial(check_golden, target, wanted)),
-        ("keys", partial(manners.check_keys, target)),
-        ("parameters", partial(manners.check_parameters, target)),
-        ("disconnect", partial(load.check_disconnect, target, stream)),
-        ("concurrency", partial(load.check_concurrency, target, concurrency)),
-    ):
-        try:
-            yield check()
-        except httpx.HTTPError as error:
-            yield failed(name, f"no whole answer: {type(error).__name__}: {error}")
-
-
-def wait_until_ready(target: Target, wait_s: float) -> None:
-    """Until it answers; ends the command when it does not."""
-    import httpx2 as httpx  # noqa: PLC0415
-
-    began, said = time.monotonic(), ""
-    while True:
-        try:
-            answer = target.ask("GET", "/ready")
-            if answer.status_code in (200, 404):  # 404: a server of another kind
-                return
-            said = f"/ready says {answer.status_code}"
-        except httpx.HTTPError as error:
-            said = f"{type(error).__name__}: {error}"
-        if time.monotonic() - began >= wait_s:
-            click.echo(f"trimaran: {target.url} is not ready after {wait_s:g} s ({said})", err=True)
-            sys.exit(NO_ANSWER)
-        time.sleep(min(1.0, wait_s))
-
-
-def cold_start(target: Target) -> dict[str, float]:
-    """Seconds of each phase of the server's last cold start, as ``/version`` says; empty where it does not."""
-    answer = target.ask("GET", "/version")
-    if answer.status_code != 200 or "json" not in answer.headers.get("content-type", ""):
-        return {}
-    phases: dict[str, float] = answer.json().get("phases") or {}
-    return {name: float(seconds) for name, seconds in phases.items()}
-
-
-def _first_model(target: Target) -> str:
-    answer = target.ask("GET", "/v1/models")
-    if answer.status_code in (401, 403):
-        raise ConfigError(f"{target.url} refuses the key: give --key, or set SERVE_API_KEYS")
-    try:
-        return str(answer.json()["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"{target.url}/v1/models lists no model; is it a server of OpenAI's API?") from error
 
 
 def check_address(url: str) -> None:

@@ -6,6 +6,8 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2 as httpx
+
 from trimaran.verify.answers import PROMPT, STREAM_TOKENS
 from trimaran.verify.outcome import Outcome, failed, passed, skipped
 from trimaran.verify.target import Stream, Target
@@ -18,8 +20,20 @@ POLL_S = 0.05
 
 def num_running(target: Target) -> int | None:
     """Requests that run now, as ``/metrics`` says; None where it does not."""
+    return _gauge(target, "trimaran_requests_running")
+
+
+def num_slots(target: Target) -> int | None:
+    """Requests that can run at once, as ``/metrics`` says; None where it does not."""
+    try:
+        return _gauge(target, "trimaran_slots")
+    except httpx.HTTPError:
+        return None
+
+
+def _gauge(target: Target, name: str) -> int | None:
     answer = target.ask("GET", "/metrics")
-    found = re.search(r"^trimaran_requests_running(?:\{[^}]*\})? (\d+)", answer.text, re.MULTILINE)
+    found = re.search(rf"^{name}(?:\{{[^}}]*\}})? (\d+)", answer.text, re.MULTILINE)
     return int(found[1]) if answer.status_code == 200 and found else None
 
 

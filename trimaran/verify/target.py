@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -16,6 +17,8 @@ import httpx2 as httpx
 
 COMPLETIONS = "/v1/chat/completions"
 DONE = "[DONE]"
+RUNPOD_HOST = "api.runpod.ai"
+QUEUE_PATH = re.compile(r"^/v2/([^/]+)(?:/(?:run|runsync|openai(?:/v1)?))?/?$")
 
 Json = dict[str, Any]
 
@@ -74,18 +77,34 @@ class Target:
     """A server's address with a key.
 
     Args:
-        url: With or without ``/v1`` at its end.
+        url: With or without ``/v1`` at its end; of RunPod's queue the native address too.
         key: Empty: none is sent.
         timeout_s: Of each request.
         headers: Sent with every request, such as a platform's own keys.
+        key_header: Where the key goes: ``authorization`` or ``x-api-key``.
     """
 
-    def __init__(self, url: str, key: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        *,
+        key_header: str = "authorization",
+    ) -> None:
+        queue = runpod_queue(url)
+        self.is_queue = queue is not None
+        """Requests pass through RunPod's queue, which has statuses of its own, and for certain only OpenAI's routes."""
+        self.url = queue or url.rstrip("/").removesuffix("/v1")
         self.key = key
         self.model = ""
         """Its id in the API, once it is known."""
+        is_runpod = (urlsplit(self.url).hostname or "").endswith(RUNPOD_HOST)
+        self.edge = "RunPod" if self.is_queue or (is_runpod and key_header == "authorization") else ""
+        """Who checks the key before the server sees a request, and refuses in its own words; empty: the server does."""
         self._headers = dict(headers or {})
+        self._key_header = key_header
         # Redirects: Modal answers 303 when a request takes long.
         self._client = httpx.Client(base_url=self.url, timeout=timeout_s, follow_redirects=True)
 
@@ -98,7 +117,13 @@ class Target:
     def headers(self, key: str | None = None) -> dict[str, str]:
         """With another key instead of its own; empty: with none."""
         key = self.key if key is None else key
-        return self._headers | ({"authorization": f"Bearer {key}"} if key else {})
+        sent = f"Bearer {key}" if self._key_header == "authorization" else key
+        return self._headers | ({self._key_header: sent} if key else {})
+
+    @property
+    def ready_path(self) -> str:
+        """What is 200 when the server can be asked."""
+        return "/v1/models" if self.is_queue else "/ready"
 
     def ask(self, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
         """One request.  Raises ``httpx.HTTPError`` when there is no answer."""
@@ -132,6 +157,16 @@ class Target:
             for _ in events:
                 pass
         return stream
+
+
+def runpod_queue(url: str) -> str | None:
+    """OpenAI's side of the queue that ``url`` names, at RunPod or emulated here; None: it names another server."""
+    parts = urlsplit(url)
+    found = QUEUE_PATH.match(parts.path)
+    host = parts.hostname or ""
+    if found is None or not (host == RUNPOD_HOST or _is_this_machine(host)):
+        return None
+    return f"{parts.scheme}://{parts.netloc}/v2/{found[1]}/openai"
 
 
 def nobody_there(url: str) -> str:

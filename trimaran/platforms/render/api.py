@@ -8,7 +8,7 @@ from typing import Any
 import httpx2 as httpx
 
 from serve.errors import ConfigError, ServeError
-from trimaran.platforms.render.service import GENERATED_KEY, ServiceSpec, create_body, update_body
+from trimaran.platforms.render.service import GENERATED_KEY, ServiceSpec, create_body
 
 API = "https://api.render.com/v1"
 ENDED = frozenset({"live", "deactivated", "build_failed", "update_failed", "canceled", "pre_deploy_failed"})
@@ -16,6 +16,8 @@ ENDED = frozenset({"live", "deactivated", "build_failed", "update_failed", "canc
 
 LOG_PAGE = 100
 """Lines that Render gives at once."""
+
+VARIABLES_PAGE = 100
 
 Json = dict[str, Any]
 
@@ -77,17 +79,37 @@ class RenderApi:
         answer = self._call("POST", "/services", create_body(spec, owner))
         return answer["service"], str(answer["deployId"])
 
-    def update(self, spec: ServiceSpec, service: Json) -> str:
-        """Bring an existing service to ``spec`` and deploy it; returns the deploy's id.
+    def change(self, service_id: str, body: Json) -> None:
+        """Change an existing service's image, source or size; the next deploy has it."""
+        self._call("PATCH", f"/services/{service_id}", body)
 
-        Variables that ``spec`` does not name, and the generated key, stay.
-        """
-        path = f"/services/{service['id']}"
-        self._call("PATCH", path, update_body(spec, service["ownerId"]))
-        for key, value in {**spec.variables(), **spec.secrets}.items():
-            self._call("PUT", f"{path}/env-vars/{key}", {"value": value})
-        body = {"imageUrl": spec.image} if spec.image else {}
-        return str(self._call("POST", f"{path}/deploys", body).get("id", ""))
+    def variables(self, service_id: str) -> dict[str, str]:
+        """A service's variables with their values, secrets too."""
+        found: dict[str, str] = {}
+        cursor = ""
+        while True:
+            page = self._call("GET", f"/services/{service_id}/env-vars", limit=VARIABLES_PAGE, cursor=cursor)
+            found |= {entry["envVar"]["key"]: entry["envVar"]["value"] for entry in page}
+            if len(page) < VARIABLES_PAGE:
+                return found
+            cursor = page[-1]["cursor"]
+
+    def set_variable(self, service_id: str, key: str, value: str | None) -> None:
+        """Give a variable its value, or remove it; the next deploy has it."""
+        path = f"/services/{service_id}/env-vars/{key}"
+        if value is None:
+            self._call("DELETE", path)
+        else:
+            self._call("PUT", path, {"value": value})
+
+    def start_deploy(self, service_id: str, image: str | None) -> str:
+        """Deploy a service as it is configured; the deploy's id, empty where Render does not tell it."""
+        body = {"imageUrl": image} if image else {}
+        return str(self._call("POST", f"/services/{service_id}/deploys", body).get("id", ""))
+
+    def delete(self, service_id: str) -> None:
+        """Delete a service, with its disk and its variables."""
+        self._call("DELETE", f"/services/{service_id}")
 
     def api_key(self, service: Json) -> str:
         """The server's own key, as Render generated it."""
