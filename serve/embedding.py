@@ -90,6 +90,11 @@ class Embeddings:
         """Whether any request runs or waits."""
         return self._num_requests > 0
 
+    @property
+    def batch_age_s(self) -> float:
+        """Seconds that the present batch has been running; 0.0 without one."""
+        return self._loaded.result().embedder.batch_age_s if self.is_loaded else 0.0
+
     async def wait(self, patience_s: float) -> None:
         """Wait for the model, at most so many seconds."""
         if not self._loaded.done():
@@ -120,7 +125,7 @@ class Embeddings:
         return vectors, sum(map(len, texts))
 
     def fail_all(self, error: ServeError) -> None:
-        """End every request that waits, for its batch or for the model."""
+        """End every request, also those that wait for the model."""
         if self.is_loaded:
             self._loaded.result().embedder.fail_all(error)
         else:

@@ -122,7 +122,7 @@ def read_keys(path: Path) -> list[ApiKey]:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}: trimaran keys new --file {path} makes one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     entries = cast("dict[str, Any]", found).get("keys") if isinstance(found, dict) else None
     if not isinstance(entries, list):
@@ -134,7 +134,7 @@ def read_keys(path: Path) -> list[ApiKey]:
 
 
 def write_keys(path: Path, keys: Iterable[ApiKey]) -> None:
-    """Replace the file in one step, readable for its owner alone unless it was readable for others before.
+    """Replace the file in one step; its owner and who may read it stay.  A new one is for its owner alone.
 
     Raises:
         ConfigError: it cannot be written.
@@ -146,7 +146,10 @@ def write_keys(path: Path, keys: Iterable[ApiKey]) -> None:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             if path.exists():
-                Path(name).chmod(path.stat().st_mode & 0o777)
+                before = path.stat()
+                Path(name).chmod(before.st_mode & 0o777)
+                with suppress(OSError):  # only root may give files away
+                    os.chown(name, before.st_uid, before.st_gid)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -216,6 +219,7 @@ class KeyRing:
         self._path = path
         self._clock = clock
         self._version = _version(path) if path else None
+        self._complaint = ""
         self._keys = [*fixed, *(read_keys(path) if path else ())]
 
     @property
@@ -240,16 +244,21 @@ class KeyRing:
         return Identity(found.name or found.id, found.scopes, found.id)
 
     def refresh(self) -> None:
-        """Read the file again if it has changed; one that is wrong changes nothing, and is logged.  Blocks."""
-        if self._path is None or (version := _version(self._path)) == self._version:
+        """Read the file again if it has changed; one that is wrong changes nothing, and is logged once.  Blocks.
+
+        What is wrong may pass without a change of the file (its permissions, no more open files): it is tried again.
+        """
+        if self._path is None or ((version := _version(self._path)) == self._version and not self._complaint):
             return
         self._version = version
         try:
             keys = read_keys(self._path)
         except ConfigError as error:
-            logger.error("The keys stay as they were: %s", error.message)
+            if error.message != self._complaint:
+                logger.error("The keys stay as they were: %s", error.message)
+            self._complaint = error.message
             return
-        self._keys = [*self._fixed, *keys]
+        self._keys, self._complaint = [*self._fixed, *keys], ""
         logger.info("%d keys were read from %s", len(keys), self._path)
 
 

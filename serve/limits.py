@@ -62,7 +62,8 @@ class Bucket:
 
     def level(self, now: float) -> float:
         """Units that are there at ``now``."""
-        self._level = min(self.capacity, self._level + (now - self._updated_at) * self.capacity / 60)
+        passed_s = max(0.0, now - self._updated_at)  # a clock that was set back must not make a debt
+        self._level = min(self.capacity, self._level + passed_s * self.capacity / 60)
         self._updated_at = now
         return self._level
 

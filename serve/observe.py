@@ -25,6 +25,10 @@ _UNLOGGED = frozenset(
 )
 
 
+MAX_ROUTE = 200
+"""Characters of a path in the log: who has no key may send 64 KiB of it."""
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """One request, filled in while it is served and logged once when it ends.
@@ -89,6 +93,7 @@ class RequestRecord:
         values: dict[str, Any] = {
             item.name: getattr(self, item.name) for item in fields(self) if item.name not in _UNLOGGED
         }
+        values["route"] = self.route if len(self.route) <= MAX_ROUTE else self.route[:MAX_ROUTE] + "..."
         if self.key_id == self.caller:
             del values["key_id"]
         if self.first_token_at is None:

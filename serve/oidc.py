@@ -7,6 +7,7 @@ the token's, and only those with a public key exist.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import json
 import logging
@@ -28,15 +29,19 @@ ALGORITHMS = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
 )  # fmt: skip
 FETCH_TIMEOUT_S = 5.0
+FETCH_LIMIT_S = 10.0
+"""For both documents together, however slowly they trickle in."""
+
 MAX_DOCUMENT_BYTES = 2**20
 MAX_TOKEN_BYTES = 16_384
 KEYS_LIVE_S = 3600.0
-"""After so long the keys are fetched again; those at hand still count while the issuer does not answer."""
+"""After so long the keys are fetched again; those at hand count until others have come."""
 
 REFETCH_S = 10.0
 """Between two fetches, however many tokens name unknown keys."""
 
 MAX_SUBJECT = 120
+"""Characters of a subject that are its caller's name; of a longer one fewer, and a hash of all of it."""
 
 
 class TokenVerifier:
@@ -71,6 +76,7 @@ class TokenVerifier:
         self._fetched_at: float | None = None
         self._tried_at: float | None = None
         self._fetching = asyncio.Lock()
+        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def discovery_url(self) -> str:
@@ -106,7 +112,7 @@ class TokenVerifier:
             )
         except jwt.PyJWTError as error:
             raise AuthenticationError(f"this token is not accepted: {_plain(error)}") from None
-        return Identity(f"sub:{claims['sub'][:MAX_SUBJECT]}", _scopes(claims))
+        return Identity(_caller(claims["sub"]), _scopes(claims))
 
     async def _key(self, kid: object, algorithm: object) -> Any:
         """The issuer's key of this id; a token without one needs an issuer with just one key.
@@ -118,10 +124,11 @@ class TokenVerifier:
             raise AuthenticationError(f"this token is not accepted: its algorithm is not {_one_of(self._algorithms)}")
         name = kid if isinstance(kid, str) else None
         key = self._known(name)
-        is_old = self._fetched_at is None or self._clock() - self._fetched_at > KEYS_LIVE_S
-        if key is None or is_old:
+        if key is None:
             await self._refresh()
             key = self._known(name)
+        elif self._fetched_at is None or self._clock() - self._fetched_at > KEYS_LIVE_S:
+            self._renew()
         if self._fetched_at is None:
             raise IssuerUnavailable("the issuer's keys cannot be fetched now; try again", retry_after=REFETCH_S)
         if key is None:
@@ -135,6 +142,11 @@ class TokenVerifier:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None
         return self._keys.get(name)
 
+    def _renew(self) -> None:
+        """Fetch the keys while nobody waits: an issuer that hangs must not stop those whose key is known."""
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._refresh())
+
     async def _refresh(self) -> None:
         """Fetch the keys, once for all who wait, and not more often than every :data:`REFETCH_S` seconds."""
         async with self._fetching:
@@ -143,9 +155,10 @@ class TokenVerifier:
                 return
             self._tried_at = now
             try:
-                self._keys = await self._fetch()
+                async with asyncio.timeout(FETCH_LIMIT_S):
+                    self._keys = await self._fetch()
                 self._fetched_at = now
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # whatever an issuer may answer
                 logger.warning("The keys of %s cannot be fetched: %s", self.issuer, _plain(error))
 
     async def _fetch(self) -> dict[str, Any]:
@@ -159,8 +172,8 @@ class TokenVerifier:
             listed = (await _json(client, document["jwks_uri"]))["keys"]
         keys: dict[str, Any] = {}
         for at, entry in enumerate(cast("list[dict[str, Any]]", listed)):
-            if entry.get("use", "sig") == "sig" and entry.get("kty") in {"RSA", "EC", "OKP"}:
-                with suppress(jwt.PyJWTError):  # a kind of key that nobody here needs
+            with suppress(Exception):  # one that nobody here needs, or that is none, must not take the others along
+                if entry.get("use", "sig") == "sig" and entry.get("kty") in {"RSA", "EC", "OKP"}:
                     keys[str(entry.get("kid", at))] = jwt.PyJWK(entry)
         return keys
 
@@ -202,6 +215,14 @@ async def _json(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{url} answers no JSON object")
     return cast("dict[str, Any]", found)
+
+
+def _caller(subject: str) -> str:
+    """The caller's name: no two subjects have the same, and none is longer than a log or a record holds."""
+    if len(subject) <= MAX_SUBJECT:
+        return f"sub:{subject}"
+    digest = hashlib.sha256(subject.encode(errors="surrogatepass")).hexdigest()
+    return f"sub:{subject[: MAX_SUBJECT - 20]}~{digest[:32]}"
 
 
 def _scopes(claims: Mapping[str, Any]) -> frozenset[Scope]:

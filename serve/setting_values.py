@@ -159,6 +159,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_address(host: str) -> bool:
+    """Whether ``host`` is an IP address, and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def no_address(value: Any) -> Any:
     """A port as it was given, unless Kubernetes put a Service's address into its variable."""
     if isinstance(value, str) and value.startswith("tcp://"):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from serve.engine.base import Engine
 from serve.errors import EngineDead, GenerationFailed, ServeError
@@ -26,6 +26,23 @@ BAD_STEPS = 3
 """So many steps in a row without one finite row: is it the requests, or the model?  A canary tells."""
 
 
+class Stopwatch:
+    """How long a step has been running, without the time in which the whole process stood still.
+
+    A container may be frozen, and a laptop sleeps: the step is as old as that afterwards, and does not hang.
+    """
+
+    def __init__(self) -> None:
+        self._stood_still_s = 0.0
+
+    def running_s(self, step_age_s: float, since_last_look_s: float, lag_s: float) -> float:
+        """Of the step that was begun so long ago; ``lag_s`` of the time since the last look nothing ran at all."""
+        if step_age_s < since_last_look_s:  # another step than at the last look
+            self._stood_still_s = 0.0
+        self._stood_still_s = min(self._stood_still_s + max(0.0, lag_s), step_age_s)
+        return step_age_s - self._stood_still_s
+
+
 class Watchdog:
     """Looks at the engine's pulse from the event loop.
 
@@ -33,14 +50,23 @@ class Watchdog:
         engine: Started.
         step_timeout_s: A step that takes longer hangs.
         die: Called once with the reason, when the server cannot go on.
+        others: What else has steps: its name, and how long the present one has been running.
     """
 
-    def __init__(self, engine: Engine, step_timeout_s: float, die: Callable[[ServeError], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        step_timeout_s: float,
+        die: Callable[[ServeError], None],
+        others: Mapping[str, Callable[[], float]] | None = None,
+    ) -> None:
         self.loop_lag_s = 0.0
         """How much later than it was due the event loop came back to the last look, in seconds."""
         self._engine = engine
         self._step_timeout_s = step_timeout_s
         self._die = die
+        self._ages = {"engine": lambda: self._engine.stats().step_age_s, **(others or {})}
+        self._stopwatches = {name: Stopwatch() for name in self._ages}
         self._watching: asyncio.Task[None] | None = None
         self._canary: asyncio.Task[None] | None = None
         self._canary_sent_at = 0.0
@@ -68,13 +94,15 @@ class Watchdog:
         while True:
             began = time.monotonic()
             await asyncio.sleep(pause_s)
-            self.loop_lag_s = time.monotonic() - began - pause_s
-            stats = self._engine.stats()
-            if stats.step_age_s > self._step_timeout_s:
-                seconds = f"{stats.step_age_s:.0f} s, longer than SERVE_STEP_TIMEOUT_S={self._step_timeout_s:g}"
-                self._end(f"the engine hangs: a step has been running for {seconds}")
-                return
-            if stats.num_bad_steps >= BAD_STEPS:
+            since_last_look_s = time.monotonic() - began
+            self.loop_lag_s = since_last_look_s - pause_s
+            for name, age_s in self._ages.items():
+                seconds = self._stopwatches[name].running_s(age_s(), since_last_look_s, self.loop_lag_s)
+                if seconds > self._step_timeout_s:
+                    limit = f"SERVE_STEP_TIMEOUT_S={self._step_timeout_s:g}"
+                    self._end(f"the {name} hangs: a step has been running for {seconds:.0f} s, longer than {limit}")
+                    return
+            if self._engine.stats().num_bad_steps >= BAD_STEPS:
                 self._send_canary()
 
     def _send_canary(self) -> None:

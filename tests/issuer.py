@@ -17,13 +17,15 @@ AUDIENCE = "trimaran"
 
 
 class Issuer:
-    """Signs with keys that it may exchange, and may be told to fail."""
+    """Signs with keys that it may exchange, and may be told to fail, or to hang while ``gate`` is not set."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.private: dict[str, tuple[str, Any]] = {}
         self.documents: dict[str, Any] = {}
         self.is_up = True
+        self.gate = threading.Event()
+        self.gate.set()
         self.num_fetches = 0
         self.exchange("one")
 
@@ -67,7 +69,8 @@ def serving_issuer() -> Iterator[Issuer]:
         def do_GET(self) -> None:
             issuer.num_fetches += 1
             found = issuer.documents.get(self.path) if issuer.is_up else None
-            data = json.dumps(found).encode()
+            data = found if isinstance(found, bytes) else json.dumps(found).encode()
+            issuer.gate.wait(30)
             self.send_response(503 if found is None else 200)
             self.send_header("content-length", str(len(data)))
             self.end_headers()

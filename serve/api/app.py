@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from serve.oidc import TokenVerifier
     from serve.records.writer import RecordWriter, TellSpent
     from serve.traces import Traces
+
+logger = logging.getLogger(__name__)
 
 KEYS_CHECKED_S = 2.0
 """How often the file of keys is looked at."""
@@ -120,7 +123,7 @@ def create_app(
     """
     settings = settings or load_settings()
     lifecycle = lifecycle or create_lifecycle(settings, engine)
-    watchdog = Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail)
+    watchdog = _watchdog(settings, lifecycle)
     records = _record_writer(settings)
     metrics = Metrics(lifecycle, watchdog, records)
     limiter = Limiter(settings.allowance())
@@ -139,7 +142,7 @@ def create_app(
         middleware=[
             *cors(settings.cors_origins),
             Middleware(Boundary, sinks=sinks, machine=machine, deadline_s=settings.request_deadline_s),
-            Middleware(Gate, door=door),
+            Middleware(Gate, door=door, only_local_names=not settings.allow_anonymous),
             Middleware(Limits, limiter=limiter),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
         ],
@@ -177,6 +180,12 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
     return (remote.router,)
 
 
+def _watchdog(settings: Settings, lifecycle: Lifecycle) -> Watchdog:
+    second = lifecycle.embeddings
+    others = {"embedding model": lambda: second.batch_age_s} if second is not None else None
+    return Watchdog(lifecycle.engine, settings.step_timeout_s, lifecycle.fail, others)
+
+
 def _traces(settings: Settings) -> Traces | None:
     """Who sends spans; None: nobody."""
     if not settings.traces_url:
@@ -205,7 +214,10 @@ async def _watch_keys(keys: KeyRing) -> None:
     """Take what changes in the file of keys, for as long as the app lives."""
     while True:
         await asyncio.sleep(KEYS_CHECKED_S)
-        await in_background(keys.refresh)
+        try:
+            await in_background(keys.refresh)
+        except Exception:  # no thread to be had, for example: a revoked key must not count for ever because of that
+            logger.exception("The file of keys could not be looked at; it will be again")
 
 
 def _operator_routers(settings: Settings) -> tuple[APIRouter, ...]:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ from serve.errors import (
 from serve.keys import Identity
 from serve.machine_time import MachineTime
 from serve.observe import RequestRecord
+from serve.setting_values import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +168,10 @@ def new_request_id() -> str:
 class Gate:
     """Turns requests without an accepted key or token away, before anything of them is read."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, door: Door, *, only_local_names: bool = True) -> None:
         self._app = app
         self._door = door
+        self._only_local_names = only_local_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer 401 or 403."""
@@ -179,8 +182,11 @@ class Gate:
         try:
             trusted: str | None = scope.get(TRUSTED_CALLER)
             identity = Identity(trusted) if trusted else await self._door.identify(scope["path"], headers)
-            if is_socket and self._door.is_open:
-                _refuse_foreign_page(headers)
+            if self._door.is_open and not trusted:
+                if self._only_local_names and scope["path"] not in OPEN_PATHS:
+                    _refuse_foreign_name(headers)
+                if is_socket:
+                    _refuse_foreign_page(headers)
         except (AuthenticationError, PermissionDenied, IssuerUnavailable) as error:
             response = error_response(error, scope)
             if isinstance(error, AuthenticationError):
@@ -193,6 +199,24 @@ class Gate:
         if (record := scope.get("trimaran.record")) is not None:
             record.caller, record.key_id = identity.caller, identity.key_id
         await self._app(scope, receive, send)
+
+
+def _refuse_foreign_name(headers: Headers) -> None:
+    """Without keys, a page whose own name was made to lead to this machine (DNS rebinding) would be of this origin.
+
+    Nobody can do that to an address in numbers, or to a name without a dot.
+
+    Raises:
+        PermissionDenied: the request was sent to a name that others may own.
+    """
+    with suppress(ValueError):
+        name = (urlsplit("//" + headers.get("host", "")).hostname or "").rstrip(".")
+        if "." not in name or name.endswith(".localhost") or is_address(name):
+            return
+    raise PermissionDenied(
+        "without keys this server answers at localhost or at an IP address only: set SERVE_API_KEYS, "
+        "or SERVE_ALLOW_ANONYMOUS=true to answer everyone under any name"
+    )
 
 
 def _refuse_foreign_page(headers: Headers) -> None:
@@ -219,29 +243,30 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._refuse(0, int(declared), scope, receive, send)
+        deadline = time.monotonic() + BODY_TIMEOUT_S
+        in_time = partial(_in_time, receive, deadline)
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await self._refuse(int(declared), in_time, scope, receive, send)
             return
         num_bytes, is_complete = 0, False
-        deadline = time.monotonic() + BODY_TIMEOUT_S
 
         async def counted() -> Message:
             nonlocal num_bytes, is_complete
-            message = await (receive() if is_complete else _in_time(receive, deadline))
+            message = await (receive() if is_complete else in_time())
             if message["type"] == "http.request":
                 is_complete = not message.get("more_body", False)
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > self._max_bytes:
-                    await _discard(message, num_bytes, receive)
+                    await _discard(message, num_bytes, in_time)
                     raise self._error()
             return message
 
         await self._app(scope, counted, send)
 
-    async def _refuse(self, num_read: int, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, declared: int, in_time: Receive, scope: Scope, receive: Receive, send: Send) -> None:
         response = error_response(self._error(), scope)
         if declared <= MAX_DISCARDED_BYTES:
-            await _discard({"more_body": True}, num_read, receive)
+            await _discard({"more_body": True}, 0, in_time)
         else:
             response.headers["connection"] = "close"
         await response(scope, receive, send)
@@ -258,7 +283,8 @@ async def _in_time(receive: Receive, deadline: float) -> Message:
         raise RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:g} s; send it faster") from None
 
 
-async def _discard(message: Message, num_bytes: int, receive: Receive) -> None:
-    while message.get("more_body") and num_bytes <= MAX_DISCARDED_BYTES:
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
+async def _discard(message: Message, num_bytes: int, in_time: Receive) -> None:
+    with suppress(RequestTimeout):
+        while message.get("more_body") and num_bytes <= MAX_DISCARDED_BYTES:
+            message = await in_time()
+            num_bytes += len(message.get("body", b""))

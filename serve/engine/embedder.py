@@ -6,8 +6,10 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Protocol
 
 from serve.errors import EngineError, GenerationFailed, ShuttingDown
@@ -45,7 +47,8 @@ class Embedder:
         self._queue: list[tuple[int, int, TokenIds, Future[Vector]]] = []
         self._arrivals = itertools.count()
         self._changed = threading.Condition()
-        self._num_running = 0
+        self._running: list[Future[Vector]] = []
+        self._began: float | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
         self._thread.start()
@@ -53,7 +56,13 @@ class Embedder:
     @property
     def num_texts(self) -> int:
         """Texts that wait or are being embedded."""
-        return len(self._queue) + self._num_running
+        return len(self._queue) + len(self._running)
+
+    @property
+    def batch_age_s(self) -> float:
+        """Seconds that the present batch has been running; 0.0 between batches."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, texts: Sequence[TokenIds]) -> list[Future[Vector]]:
         """Queue a request's texts.  Cancel a future, and its text is left out."""
@@ -68,11 +77,15 @@ class Embedder:
         return futures
 
     def fail_all(self, error: Exception) -> None:
-        """End every request that waits."""
+        """End every request that waits or runs; what a batch at work gives comes too late."""
         with self._changed:
             waiting, self._queue = self._queue, []
+            running = list(self._running)
         for *_, future in waiting:
             if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        for future in running:
+            with suppress(InvalidStateError):  # its batch has just ended
                 future.set_exception(error)
 
     def close(self) -> None:
@@ -85,28 +98,28 @@ class Embedder:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._num_running = 0
+                self._running, self._began = [], None
                 self._changed.wait_for(lambda: self._queue or self._is_closed)
                 if self._is_closed:
                     return
                 taken = [heapq.heappop(self._queue) for _ in range(min(MAX_BATCH, len(self._queue)))]
-                self._num_running = len(taken)
-            batch = [(text, future) for *_, text, future in taken if future.set_running_or_notify_cancel()]
+                batch = [(text, future) for *_, text, future in taken if future.set_running_or_notify_cancel()]
+                self._running, self._began = [future for _, future in batch], time.monotonic()
             if batch:
                 self._embed(batch)
 
     def _embed(self, batch: Sequence[tuple[TokenIds, Future[Vector]]]) -> None:
         try:
             vectors = self._model.embed([text for text, _ in batch])
+            answers = list(zip(batch, vectors, strict=True))
         except Exception as error:
             if not isinstance(error, EngineError):
                 logger.exception("Embedding %d texts failed", len(batch))
             failure = error if isinstance(error, EngineError) else GenerationFailed("the embedding failed")
-            for _, future in batch:
-                future.set_exception(failure)
-            return
-        for (_, future), vector in zip(batch, vectors, strict=True):
-            if vector is None:
-                future.set_exception(GenerationFailed("the embedding of this text is not finite"))
-            else:
-                future.set_result(vector)
+            answers = [(each, failure) for each in batch]
+        for (_, future), answer in answers:
+            with suppress(InvalidStateError):  # everything was ended meanwhile
+                if isinstance(answer, Vector):
+                    future.set_result(answer)
+                else:
+                    future.set_exception(answer or GenerationFailed("the embedding of this text is not finite"))

@@ -31,7 +31,7 @@ class Pulse:
 
     @contextmanager
     def step(self) -> Generator[None]:
-        """Around the launch of a step, and around waiting for its end."""
+        """Around whatever the step loop does between two looks at its commands: all of that can hang."""
         self._step_began = time.monotonic()
         try:
             yield

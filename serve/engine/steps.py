@@ -124,8 +124,7 @@ class Steps:
         for chunk in batch.chunks:
             self._live[chunk.sequence.request.request_id].begin(now)
         try:
-            with self._pulse.step():
-                read = self._runner.launch(batch)
+            read = self._runner.launch(batch)
         except OutOfMemory as error:
             if not is_ahead:  # else it is tried again by itself, when the step before has given its memory back
                 events += self._shed(batch, error)
@@ -134,8 +133,7 @@ class Steps:
         return _Flight(batch, read, now)
 
     def _read(self, flight: _Flight) -> Events:
-        with self._pulse.step():
-            output = flight.read()
+        output = flight.read()
         now, batch = time.perf_counter(), flight.batch
         # A step that was launched ahead began when the one before had ended.
         self._scheduler.budget.learn(batch, now - max(flight.launched_at, self._read_at))

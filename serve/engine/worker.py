@@ -168,7 +168,8 @@ class StepEngine:
                 if not self._obey(steps, events):
                     return
                 if steps.has_work:
-                    events += steps.turn()
+                    with self._pulse.step():
+                        events += steps.turn()
                 if events:
                     deliver(events)
         except BaseException as error:
@@ -184,4 +185,5 @@ class StepEngine:
                 return True
             if command is None:
                 return False
-            events += steps.obey(command)
+            with self._pulse.step():
+                events += steps.obey(command)

@@ -43,10 +43,10 @@ def routes(found: Any) -> Iterator[tuple[str, set[str]]]:
             yield from routes(inner)
 
 
-def handshake_status(served: support.Served, path: str, headers: str = "") -> int:
+def handshake_status(served: support.Served, path: str, headers: str = "", host: str = "a") -> int:
     """What a WebSocket's handshake gets."""
     handshake = (
-        f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
     )
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
@@ -192,6 +192,43 @@ def test_auth_lets_everyone_in_without_keys(echo: support.Served) -> None:
     headers = {"authorization": "Bearer anything"}  # clients send a placeholder
 
     assert httpx.get(echo.url + "/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "is_let_in"),
+    [
+        ("localhost:8000", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8000", True),
+        ("10.1.2.3", True),
+        ("playground.localhost", True),
+        ("box", True),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("evil.example.:8000", False),
+        ("[::1", False),
+    ],
+)
+def test_server_without_keys_answers_under_no_name_that_others_may_own(
+    echo: support.Served, host: str, is_let_in: bool
+) -> None:
+    """DNS rebinding: a page's own name is made to lead to this machine, and its script is of our origin then."""
+    with httpx.Client(base_url=echo.url, headers={"host": host, "origin": f"http://{host}"}) as client:
+        answers = [client.get("/v1/models"), client.post("/v1/chat/completions", json=chat("a"))]
+        assert client.get("/health").status_code == 200
+    status = handshake_status(echo, "/v1/realtime/chat", host=host)
+
+    assert [answer.status_code for answer in answers] == ([200, 200] if is_let_in else [403, 403])
+    assert status == (101 if is_let_in else 403)
+    if not is_let_in:
+        assert "SERVE_API_KEYS" in openai_error(answers[0].json())["message"]
+
+
+def test_server_for_everyone_or_with_keys_answers_under_any_name(locked: support.Served) -> None:
+    headers = {"host": "my.server.example", "x-api-key": KEY}
+    assert httpx.get(locked.url + "/v1/models", headers=headers).status_code == 200
+    with serving(allow_anonymous=True) as served:
+        assert httpx.get(served.url + "/v1/models", headers=headers).status_code == 200
 
 
 def test_auth_names_a_caller_without_telling_the_key() -> None:

@@ -111,6 +111,16 @@ def test_logs_of_a_stream_that_nobody_read_to_its_end_say_abort() -> None:
     assert line["completion_tokens"] < 4000
 
 
+def test_logs_cut_a_path_that_is_endless(echo: support.Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve.request")
+    httpx.get(echo.url + "/" + "a" * 60_000)
+    eventually(lambda: len(caplog.records) >= 1)
+
+    (line,) = [record for record in caplog.records if record.name == "serve.request"]
+    assert len(line.getMessage()) < 600
+    assert getattr(line, "route").startswith("/aaaa")  # noqa: B009 - pyright knows no fields of a record
+
+
 @pytest.mark.parametrize(
     "path", ["/a%0aforged line", "/a%0d%0aforged line", "/a%1b[31mforged", "/v1/models/x%0aforged"]
 )

@@ -14,7 +14,7 @@ import pytest
 import support
 from cryptography.hazmat.primitives import serialization
 from issuer import AUDIENCE, Issuer, serving_issuer
-from support import chat, openai_error, serving
+from support import chat, eventually, openai_error, serving
 
 from serve import oidc
 from serve.errors import ConfigError
@@ -103,11 +103,15 @@ def forged(issuer: Issuer) -> dict[str, str]:
     public = issuer.private["one"][1].public_key()
     pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
+    def part_of(value: bytes) -> str:
+        return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
     def part(value: dict[str, Any]) -> str:
-        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+        return part_of(json.dumps(value).encode())
 
     hs_head = part({"alg": "HS256", "kid": "one"})
     hs_key = base64.urlsafe_b64encode(jwt.get_algorithm_by_name("HS256").sign(f"{hs_head}.{body}".encode(), pem))
+    endless = part_of(b'{"a":' + b"[" * 5000)
     stranger = Issuer(1)
     claims: dict[str, Any] = jwt.decode(good, options={"verify_signature": False})
     return {
@@ -123,6 +127,8 @@ def forged(issuer: Issuer) -> dict[str, str]:
         "no kid, two keys": issuer.token(headers={"kid": None}),
         "not pinned": jwt.encode({"sub": "a"}, issuer.private["one"][1], "PS256", {"kid": "one"}),
         "unknown critical": issuer.token(headers={"crit": ["x"], "x": 1}),
+        "nested without end": f"{endless}.{body}.{signature}",
+        "infinite": issuer.token(exp=float("inf")),
         "rubbish": "eyJh.eyJh.x",
         "long": "eyJ" + "a" * 20_000 + ".a.a",
     }  # fmt: skip
@@ -166,8 +172,59 @@ def test_issuer_that_is_away_stops_nobody_whose_key_is_known(
         issuer.is_up = True
 
 
+def test_issuer_that_hangs_delays_nobody_whose_key_is_known(
+    issuer: Issuer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status(client, issuer.token()) == 200
+    monkeypatch.setattr(oidc, "KEYS_LIVE_S", -1.0)
+    before = issuer.num_fetches
+    issuer.gate.clear()
+    try:
+        assert status(client, issuer.token()) == 200
+        eventually(lambda: issuer.num_fetches > before)  # the keys are old, and asked for beside the requests
+        assert status(client, issuer.token()) == 200
+    finally:
+        issuer.gate.set()
+
+
+def test_issuer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oidc, "FETCH_LIMIT_S", 0.2)
+    with (
+        serving_issuer() as issuer,
+        serving(oidc_issuer=issuer.url, oidc_audience=AUDIENCE) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        issuer.gate.clear()
+        assert status(client, issuer.token()) == 503
+        issuer.gate.set()
+
+
+def test_keys_that_are_none_take_no_other_key_along(client: httpx.Client, issuer: Issuer) -> None:
+    issuer.exchange("one", "four")
+    issuer.documents["/keys"]["keys"][:0] = [5, None, {"kty": "RSA", "kid": "x", "n": 5}, {"kty": "EC", "crv": "P-256"}]
+    assert status(client, issuer.token("four")) == 200
+
+
+def test_subjects_are_different_callers_however_long(issuer: Issuer, client: httpx.Client) -> None:
+    """One caller must not read another's stored responses."""
+    head = "a" * 200
+    first, second = (issuer.token("four", sub=head + end) for end in "bc")
+    stored = client.post("/v1/responses", json={"model": "echo", "input": "x"}, headers={"x-api-key": first}).json()
+    place = f"/v1/responses/{stored['id']}"
+    assert client.get(place, headers={"x-api-key": first}).status_code == 200
+    assert client.get(place, headers={"x-api-key": second}).status_code == 404
+
+
 @pytest.mark.parametrize(
-    "document", [{"issuer": "https://other", "jwks_uri": "x"}, {"jwks_uri": "http://192.0.2.1/keys"}, {}, []]
+    "document",
+    [
+        {"issuer": "https://other", "jwks_uri": "x"},
+        {"jwks_uri": "http://192.0.2.1/keys"},
+        {"jwks_uri": 5},
+        {},
+        [],
+        b"[" * 100_000,
+    ],
 )
 def test_issuer_that_describes_another_is_not_believed(document: Any) -> None:
     with serving_issuer() as issuer:

@@ -14,6 +14,7 @@ from support import chat, eventually, openai_error, running
 SHORT = """
 import serve.http, serve.api.middleware
 serve.http.FIRST_BYTE_S, serve.http.HEAD_TIMEOUT_S, serve.http.STALLED_READER_S = 0.6, 0.4, 0.5
+serve.http.LATE_BODY_S = 0.5
 serve.api.middleware.BODY_TIMEOUT_S = 0.5
 """
 BODY = json.dumps(chat("a")).encode()
@@ -76,6 +77,30 @@ def test_body_that_never_ends_gets_408_and_the_server_lives() -> None:
         with connect(server.url) as client:
             client.sendall(post_head(len(BODY)) + BODY)
             assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_body_that_trickles_on_after_the_answer_is_not_waited_for() -> None:
+    """Each byte used to take away the only timer; without a key a connection could be held for ever."""
+    with running(before=SHORT, SERVE_API_KEYS="sk-key", SERVE_MAX_BODY_BYTES="1024") as server:
+        key = b"X-API-Key: sk-key\r\nContent-Length"
+        for head, status in ((post_head(10**6), b"401"), (post_head(10**6).replace(b"Content-Length", key), b"413")):
+            with connect(server.url) as client:
+                client.sendall(head)
+                began = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while time.monotonic() - began < 5 and not client.sendall(b"a"):
+                        time.sleep(0.05)
+                assert time.monotonic() - began < 5
+                assert everything(client).startswith(b"HTTP/1.1 " + status) or status == b"401"  # a reset may outrun it
+
+
+def test_connection_is_closed_when_nothing_follows_a_late_body() -> None:
+    short = "import serve.server; serve.server.IDLE_CONNECTION_S = 0.5"
+    with running(before=short, SERVE_API_KEYS="sk-key") as server, connect(server.url) as client:
+        client.sendall(post_head(2))
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.sendall(b"{}")
+        assert everything(client).count(b"HTTP/1.1 ") == 0  # until it is closed, which is soon
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends connections of stalled readers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +67,46 @@ def test_health_is_503_once_a_step_hangs() -> None:
                 assert client.get(path).status_code == 503, path
         finally:
             release.set()
+
+
+def test_health_is_503_once_the_loop_hangs_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar, the scheduler, a detokenizer: whatever the loop does can hang, not the model alone."""
+    release = threading.Event()
+    monkeypatch.setattr("serve.engine.steps.fitted", lambda *_: release.wait(30))
+    with serving(step_timeout_s=0.3) as served, httpx.Client(base_url=served.url) as client:
+        try:
+            assert openai_error(client.post(COMPLETIONS, json=chat("a")).json())["code"] == "engine_dead"
+            assert client.get("/health").status_code == 503
+        finally:
+            release.set()
+
+
+def test_server_that_was_frozen_in_a_step_goes_on() -> None:
+    slow = "from serve.engine import echo; echo.EchoEngine.__init__.__kwdefaults__['step_s'] = 0.3"
+    with running(before=slow, SERVE_STEP_TIMEOUT_S="1") as server, httpx.Client(base_url=server.url) as client:
+        with client.stream("POST", COMPLETIONS, json=chat("abc", stream=True), timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(1.5)
+            server.process.send_signal(signal.SIGCONT)
+            assert "data: [DONE]" in list(lines)
+        assert client.get("/health").status_code == 200
+
+
+def test_health_is_503_once_something_else_that_has_steps_hangs() -> None:
+    reasons: list[str] = []
+
+    async def watch() -> None:
+        others = {"embedding model": lambda: 9.0}
+        guard = watchdog.Watchdog(engine(FaultyRunner()), 0.2, lambda error: reasons.append(error.message), others)
+        guard.start()
+        await asyncio.sleep(0.2)
+        guard.stop()
+
+    asyncio.run(watch())
+    assert len(reasons) == 1
+    assert reasons[0].startswith("the embedding model hangs")
 
 
 def test_slow_steps_are_no_hang() -> None:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,36 @@ def test_embedder_survives_a_failed_batch(failure: Exception, caplog: pytest.Log
     broken, fine = embedder.submit([[0], [7]])
     assert isinstance(broken.exception(10), GenerationFailed)
     assert fine.result(10) == b"\x07"
+    embedder.close()
+
+
+def test_embedder_tells_of_a_batch_that_hangs_and_ends_its_requests() -> None:
+    model = Recorder()
+    embedder = Embedder(model)
+    assert embedder.batch_age_s == 0.0
+    running = embedder.submit([[1], [2]])
+    while not model.batches:
+        pass
+    waiting = embedder.submit([[3]])
+    time.sleep(0.02)
+    assert embedder.batch_age_s >= 0.02
+    embedder.fail_all(ShuttingDown("over"))
+    for future in (*running, *waiting):
+        assert isinstance(future.exception(0), ShuttingDown)
+    model.gate.set()
+    assert [future.result(10) for future in embedder.submit([[4]])] == [b"\x04"]  # what came too late hurt nothing
+    embedder.close()
+
+
+def test_embedder_survives_a_model_that_forgets_a_text() -> None:
+    class Short:
+        def embed(self, batch: Sequence[Sequence[int]]) -> list[bytes | None]:
+            return [b"x"] * (len(batch) - 1)
+
+    embedder = Embedder(Short())
+    for _ in range(2):
+        (future,) = embedder.submit([[1]])
+        assert isinstance(future.exception(10), GenerationFailed)
     embedder.close()
 
 

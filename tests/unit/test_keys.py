@@ -120,6 +120,44 @@ def test_ring_takes_a_changed_file_and_keeps_the_last_good_one(tmp_path: Path):
         ring.identify(b"two")
 
 
+def test_ring_reads_again_what_could_not_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Permissions, or no more open files: the file itself does not change when that is over."""
+    file = tmp_path / "keys.json"
+    write_keys(file, [ApiKey(digest=digest_of(b"one"))])
+    ring = KeyRing(path=file)
+    write_keys(file, [ApiKey(digest=digest_of(b"two"))])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        ring.refresh()
+        ring.refresh()
+    assert ring.identify(b"one")
+    assert len(caplog.records) == 1
+    ring.refresh()
+    assert ring.identify(b"two")
+
+
+def test_ring_survives_a_file_that_nests_without_end(tmp_path: Path):
+    file = tmp_path / "keys.json"
+    write_keys(file, [ApiKey(digest=digest_of(b"one"))])
+    ring = KeyRing(path=file)
+    file.write_text('{"keys": ' + "[" * 100_000)
+    ring.refresh()
+    assert ring.identify(b"one")
+
+
+def test_file_of_keys_keeps_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else root, who makes a key, would lock the server's user out."""
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "chown", lambda _, uid, gid: given.append((uid, gid)))
+    file = tmp_path / "keys.json"
+    write_keys(file, [])
+    assert given == []
+    write_keys(file, [])
+    assert given == [(file.stat().st_uid, file.stat().st_gid)]
+
+
 def test_command_makes_lists_and_revokes_keys(tmp_path: Path):
     file = tmp_path / "keys.json"
     made = [

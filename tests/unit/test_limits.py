@@ -37,6 +37,15 @@ def test_limiter_without_limits_admits_everything() -> None:
     assert limiter.remaining("a") == []
 
 
+def test_limiter_makes_no_debt_of_a_clock_that_is_set_back() -> None:
+    clock = Clock()
+    limiter = Limiter(Allowance(requests_per_minute=2), clock)
+    limiter.admit("a")
+    clock.now -= 3600
+    limiter.admit("a")
+    assert refusal(lambda: limiter.admit("a")).retry_after == pytest.approx(30)
+
+
 def test_limiter_admits_requests_as_they_flow_back() -> None:
     clock = Clock()
     limiter = Limiter(Allowance(requests_per_minute=6), clock)

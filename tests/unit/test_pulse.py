@@ -10,6 +10,7 @@ from serve.engine import pulse as pulse_module
 from serve.engine.base import StepOutput
 from serve.engine.pulse import Pulse
 from serve.errors import GenerationFailed
+from serve.watchdog import Stopwatch
 
 
 def test_pulse_times_the_step_that_runs() -> None:
@@ -68,3 +69,15 @@ def test_pulse_tells_how_long_a_queue_takes_at_the_measured_rate(monkeypatch: py
     assert pulse.queue_s(10) == pulse_module.MAX_QUEUE_S
     now += 10
     assert pulse.queue_s(10) == pulse_module.UNKNOWN_QUEUE_S
+
+
+def test_stopwatch_leaves_out_the_time_in_which_the_process_stood_still() -> None:
+    """As when a container is frozen: afterwards the step is old and does not hang."""
+    watch = Stopwatch()
+    assert watch.running_s(0.0, 1.0, 0.0) == 0.0
+    assert watch.running_s(0.5, 1.0, 0.0) == 0.5
+    assert watch.running_s(101.5, 101.0, 100.0) == pytest.approx(1.5)
+    assert watch.running_s(102.5, 1.0, 0.0) == pytest.approx(2.5)  # the same step, and what was lost stays lost
+    assert watch.running_s(0.2, 100.0, 99.0) == 0.0  # another one, whose time cannot be told apart
+    assert watch.running_s(1.2, 1.0, 0.0) == pytest.approx(1.0)
+    assert watch.running_s(0.7, 1.0, 0.0) == 0.7
