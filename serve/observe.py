@@ -68,9 +68,9 @@ class RequestRecord:
     goes_on: bool = False
     """It is answered but goes on in the background, whose end is the request's."""
 
-    def begin_work(self, num_sequences: int) -> None:
-        """The machine works for this request from now on, until it ends."""
-        self.queued_at = time.perf_counter()
+    def begin_work(self, num_sequences: int, queued_at: float) -> None:
+        """The machine works for this request from ``queued_at`` (``time.perf_counter``) on, until it ends."""
+        self.queued_at = queued_at
         if self.machine is not None and self.share is None:
             self.share = self.machine.begin(num_sequences)
 

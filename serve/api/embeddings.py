@@ -6,6 +6,7 @@ import asyncio
 import base64
 import math
 import struct
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -48,7 +49,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
     lifecycle.check_admission()
     if not embeddings.is_loaded:
         raise lifecycle.not_ready()
-    record.begin_work(1)
+    record.begin_work(1, time.perf_counter())
     async with before_deadline(record):
         vectors, num_tokens = await embeddings.embed(_inputs(body), body.dimensions)
     record.prompt_tokens = num_tokens

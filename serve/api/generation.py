@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -108,6 +109,7 @@ def submit(
     _check_number(len(prompts), n, lifecycle.capacity)
     record.prompt_tokens = sum(len(prompt) for prompt in prompts)
     streams: list[TokenStream] = []
+    queued_at = time.perf_counter()  # before the engine can begin with any
     try:
         for prompt in prompts:
             for at in range(n):
@@ -123,7 +125,7 @@ def submit(
         for stream in streams:
             stream.close()
         raise
-    record.begin_work(len(streams))
+    record.begin_work(len(streams), queued_at)
     return choices
 
 

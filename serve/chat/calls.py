@@ -88,6 +88,7 @@ class DemandedCallsParser(OutputParser):
             index = self.num_calls
             self.num_calls += 1
             self._parts.append(Part(call=CallDelta(index, "", self.new_id(), name)))
+            yield from reader.space()  # a grammar of JSON allows one before the object
             whole = yield from reader.json_through(lambda text, index=index: self._add_arguments(index, text))
             self.is_cut = not whole
             _, marker = yield from reader.text_until(_NEXT)

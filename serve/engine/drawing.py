@@ -1,6 +1,7 @@
-"""Drawing a token: one random point for each row, and where it lies among the row's weights.
+"""Drawing a token: one random point for each row, and where it lies among the row's weights; with a seed, a race.
 
-A row's result depends on its own logits and point alone, never on its neighbours or on how equal logits are sorted.
+A row's result depends on its own logits and numbers alone, never on its neighbours or on how equal logits are sorted.
+A race costs a random number for each token of the vocabulary, so only rows with a seed run one.
 """
 
 from __future__ import annotations
@@ -23,17 +24,49 @@ WIDTHS = (128, 2048)
 
 WORD = 2**64
 GOLDEN = 0x9E3779B97F4A7C15
+FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+CLOCK_BITS = 53
 
 
-def seeded_point(seed: int, step: int) -> float:
-    """A number from 0 to below 1 for one step of a seeded row: output ``step`` of SplitMix64, begun at a mixed seed."""
-    return (_mix((_mix((seed + GOLDEN) % WORD) + step * GOLDEN) % WORD) >> (64 - POINT_BITS)) / 2**POINT_BITS
+def race_of(weights: Tensor, bases: Tensor) -> Tensor:
+    """For each row the token that wins a race of exponential clocks: ``[n]`` from ``[n, vocab_size]`` weights.
+
+    Each token has a clock of its own, drawn from ``bases`` (``[n, 1]``, see :func:`race_base`) and its id; a token of
+    twice the weight runs twice as fast.  Where a point among running sums would fall on another of thousands of
+    unlikely tokens when the logits are rounded otherwise, as they are in another batch, here the winner changes only
+    when two tokens are as good as level.
+    """
+    ids = torch.arange(1, weights.shape[1] + 1, device=weights.device)
+    bits = _mixed(bases + ids * _signed(GOLDEN))
+    clocks = _shifted(bits, 64 - CLOCK_BITS).double().add_(0.5).mul_(2.0**-CLOCK_BITS).log_().neg_()
+    return clocks.div_(weights).argmin(-1)
+
+
+def race_base(seed: int, step: int) -> int:
+    """Where the clocks of one step of a seeded row begin, as a signed 64-bit number."""
+    return _signed(_mix((_mix((seed + GOLDEN) % WORD) + step * GOLDEN) % WORD))
 
 
 def _mix(value: int) -> int:
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % WORD
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % WORD
+    """The finish of SplitMix64."""
+    value = (value ^ (value >> 30)) * FACTORS[0] % WORD
+    value = (value ^ (value >> 27)) * FACTORS[1] % WORD
     return value ^ (value >> 31)
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """:func:`_mix` of each element; int64 multiplies modulo 2^64 as well."""
+    values = (values ^ _shifted(values, 30)) * _signed(FACTORS[0])
+    values = (values ^ _shifted(values, 27)) * _signed(FACTORS[1])
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, by: int) -> Tensor:
+    return (values >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - WORD if value >= WORD // 2 else value
 
 
 @dataclass(frozen=True, slots=True)

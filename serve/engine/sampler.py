@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from serve.engine.base import StepOutput
-from serve.engine.drawing import POINT_BITS, Trim, pick, seeded_point, weights_of
+from serve.engine.drawing import POINT_BITS, Trim, pick, race_base, race_of, weights_of
 from serve.engine.logits import LogitChanges
 from serve.engine.logprobs import token_logprobs
 from serve.engine.sequence import Sequence
@@ -92,6 +92,11 @@ class Sampler:
     def _draw(self, logits: Tensor, sequences: Seq[Sequence], rows: Seq[int], chosen: Tensor) -> None:
         """Write the tokens of those ``rows`` that are not greedy into ``chosen``."""
         drawn = [row for row in rows if not sequences[row].params.is_greedy]
+        self._draw_some(logits, sequences, [row for row in drawn if sequences[row].params.seed is None], chosen)
+        self._draw_some(logits, sequences, [row for row in drawn if sequences[row].params.seed is not None], chosen)
+
+    def _draw_some(self, logits: Tensor, sequences: Seq[Sequence], drawn: Seq[int], chosen: Tensor) -> None:
+        """All of them with a seed, or all without."""
         if not drawn:
             return
         own = [sequences[row] for row in drawn]
@@ -100,13 +105,15 @@ class Sampler:
         scaled = logits.index_select(0, at).float().div_(self._column([p.temperature for p in params]))
         trim = Trim([p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params])
         weights = weights_of(scaled, trim, waits=self._waits)
-        points = self._column([self._point(sequence) for sequence in own], torch.float64)
-        chosen.index_copy_(0, at, pick(weights, points))
+        chosen.index_copy_(0, at, self._won(weights, own))
 
-    def _point(self, sequence: Sequence) -> float:
-        if sequence.params.seed is None:
-            return self._shared.getrandbits(POINT_BITS) / 2**POINT_BITS
-        return seeded_point(sequence.params.seed, sequence.num_drawn_tokens)
+    def _won(self, weights: Tensor, own: Seq[Sequence]) -> Tensor:
+        seeds = [sequence.params.seed for sequence in own]
+        if seeds[0] is None:
+            points = [self._shared.getrandbits(POINT_BITS) / 2**POINT_BITS for _ in own]
+            return pick(weights, self._column(points, torch.float64))
+        bases = [race_base(seed or 0, each.num_drawn_tokens) for seed, each in zip(seeds, own, strict=True)]
+        return race_of(weights, self._column(bases, torch.int64))
 
     def _column(self, values: Seq[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return on_device(values, self._device, dtype)[:, None]

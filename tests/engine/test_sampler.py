@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine.drawing import WIDTHS, pick, seeded_point
+from serve.engine.drawing import GOLDEN, WIDTHS, WORD, _mix, pick, race_base, race_of
 from serve.engine.sampler import Sampler
 from serve.engine.scheduler import Sequence
 from serve.types import GenerationRequest, SamplingParams
@@ -183,11 +184,32 @@ def test_pick_takes_the_token_whose_share_holds_the_point(weights, data):
     assert sum(weights[: chosen + 1]) / total >= point - slack
 
 
-@given(st.integers(-(2**70), 2**70), st.integers(0, 10**6))
-def test_seeded_point_is_below_one_and_differs_by_step(seed, step):
-    point = seeded_point(seed, step)
-    assert 0 <= point < 1
-    assert point != seeded_point(seed, step + 1)
+@given(st.integers(-(2**70), 2**70), st.integers(0, 10**6), st.integers(0, 999))
+def test_race_gives_each_token_a_clock_that_its_seed_and_step_alone_decide(seed, step, token_id):
+    """A token of weight 1 against one of a weight that makes it win or lose by little, by the clocks' own formula."""
+
+    def clock(token_id: int) -> float:
+        bits = _mix((race_base(seed, step) + (token_id + 1) * GOLDEN) % WORD)
+        return -math.log(((bits >> 11) + 0.5) / 2**53)
+
+    weights, bases = torch.zeros(1, 1000), torch.tensor([[race_base(seed, step)]])
+    other = (token_id + 7) % 1000
+    weights[0, token_id], level = 1.0, clock(other) / clock(token_id)
+    for factor, winner in ((0.999, token_id), (1.001, other)):
+        weights[0, other] = level * factor
+        assert int(race_of(weights, bases)) == winner
+    assert race_base(seed, step) != race_base(seed, step + 1)
+
+
+def test_seeded_draws_survive_the_rounding_of_other_batches():
+    """From nearly flat logits over a whole vocabulary, where a point among running sums finds another token."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, 20_000, generator=generator)
+    rounded = logits + 2e-6 * torch.randn(logits.shape, generator=generator)
+    rows = [sequence(SamplingParams(max_tokens=9, seed=number, temperature=1.5)) for number in range(200)]
+    first, second = (Sampler(CPU, seed=0).sample(values, rows).token_ids for values in (logits, rounded))
+    assert first == second
+    assert len(set(first)) > 190
 
 
 @settings(deadline=None, max_examples=60)

@@ -17,6 +17,7 @@ from canitoolcall.results import ParseResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.chat.calls import DemandedCallsParser
 from serve.chat.output.choose import PARSERS, choose
 from serve.chat.output.parser import OutputParser
 from serve.chat.output.parts import Part, Tools
@@ -95,6 +96,16 @@ def test_recorded_outputs_are_read_as_they_were_meant():
         except AssertionError:
             pass
     assert dict(passing) == PASSING
+
+
+@given(st.sampled_from(["", " "]), st.text(max_size=6), st.sampled_from(["", " "]), st.booleans(), st.integers(0, 200))
+def test_demanded_calls_are_read_with_the_spaces_that_json_allows(before, city, inside, is_twice, cut):
+    arguments = f'{{{inside}"city":{inside}{json.dumps(city)}{inside}}}'
+    call = f'<tool_call>\n{{"name": "f", "arguments": {before}{arguments}}}\n</tool_call>'
+    text = f"{call}\n{call}" if is_twice else call
+    answer = parse(DemandedCallsParser(Tools([])), [text[:cut], text[cut:]])
+    assert [made["arguments_raw"] for made in answer["tool_calls"]] == [arguments] * (1 + is_twice)
+    assert json.loads(arguments) == {"city": city}
 
 
 ALL = load_fixtures(None)
