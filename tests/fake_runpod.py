@@ -43,12 +43,14 @@ class Refused(Exception):
 class FakeRunpodApi:
     """Endpoints by id.  ``failures`` are statuses (or seconds of silence, as floats) for the next requests.
 
-    ``base`` is where new load balancers are reached; ``refuses`` are methods that get 400.
+    ``base`` is where new load balancers are reached, ``queue`` queues; ``refuses`` are methods that get 400.
     """
 
     def __init__(self) -> None:
         self.url = ""
+        self.key = KEY
         self.base = "https://x.api.runpod.ai"
+        self.queue = "https://api.runpod.ai/v2/x"
         self.refuses: set[str] = set()
         self.endpoints: dict[str, Json] = {}
         self.releases: dict[str, list[Json]] = {}
@@ -96,7 +98,7 @@ class FakeRunpodApi:
             raise Refused(400, "Bad Request", "exactly one of gpu and cpu")
         endpoint_id = f"ep{len(self.endpoints)}"
         base = {"base": self.base, "health": f"{self.base}/ping"}
-        run = {"run": "https://api.runpod.ai/v2/x/run"}
+        run = {"run": f"{self.queue}/run"}
         urls = base if body["type"] == "LOAD_BALANCER" else run
         self.endpoints[endpoint_id] = {"flashboot": "OFF", **body, "id": endpoint_id, "requestUrls": urls}
         self.releases[endpoint_id] = [{"id": "r1", "version": 1, "createdAt": "2026-08-18T00:00:00Z", "diff": []}]
@@ -139,7 +141,7 @@ def serving_runpod_api() -> Iterator[FakeRunpodApi]:
                     headers = {"retry-after": "0"}
                     self.send(failure, {"title": "Oops", "status": failure, "detail": "on order"}, headers)
                     return
-            if self.headers.get("authorization") != f"Bearer {KEY}":
+            if self.headers.get("authorization") != f"Bearer {fake.key}":
                 self.send(401, {"title": "Unauthorized", "status": 401, "detail": "bad key"})
             elif self.path.partition("?")[0].endswith("/logs"):
                 after = self.headers.get("last-event-id", "")

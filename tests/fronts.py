@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -20,15 +20,14 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 @contextmanager
 def in_front(served: Served, fault: Callable[[App], App]) -> Iterator[str]:
-    """A port of its own with ``fault`` between it and the server's app."""
+    """A port of its own with ``fault`` between it and the server's app, on the server's own event loop."""
     config = uvicorn.Config(fault(served.app), host="127.0.0.1", port=0, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+    serving = asyncio.run_coroutine_threadsafe(server.serve(), served.app.state.loop)
     eventually(lambda: server.started)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
-    thread.join(10)
+    serving.result(10)
 
 
 async def answer(send: Send, status: int, body: Any) -> None:

@@ -16,6 +16,8 @@ from support import Served, eventually, serving
 from serve.engine.base import EngineConfig
 from serve.engine.echo import EchoEngine
 from trimaran.cli import main
+from trimaran.verify.realtime import check_realtime
+from trimaran.verify.target import Stream, Target, runpod_queue
 
 KEY = "sk-verify"
 SLOW = 0.006
@@ -56,14 +58,14 @@ def test_healthy_server_passes_and_its_report_says_so(healthy):
     found = {check["name"]: check["status"] for check in body["checks"]}
     assert found.pop("golden tokens") == "skipped"
     assert set(found.values()) == {"passed"}, result.output
-    assert len(found) == 7
+    assert len(found) == 8
     assert "process_start" in body["cold_start_s"]
 
 
 def test_report_for_people_has_the_waterfall_and_no_key(healthy):
     result = verify(healthy.url)
     assert result.exit_code == 0, result.output
-    assert "Verified: 7 passed, 0 failed, 1 skipped" in result.output
+    assert "Verified: 8 passed, 0 failed, 1 skipped" in result.output
     assert "Cold start" in result.output
     assert KEY not in result.output
 
@@ -120,6 +122,70 @@ class HoldsOn:
             return message
 
         await self.app(scope, patient, send)
+
+
+class Sockets:
+    """Refuses a WebSocket as a proxy that knows none would, or closes it after some messages."""
+
+    def __init__(self, app: App, num_messages: int | None) -> None:
+        self.app, self.left = app, num_messages
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and self.left is None:
+            await receive()
+            await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+            await send({"type": "websocket.http.response.body", "body": b""})
+            return
+
+        async def cut(message: Message) -> None:
+            if message["type"] == "websocket.send" and self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    message = {"type": "websocket.close", "code": 1001}
+            await send(message)
+
+        await self.app(scope, receive, cut)
+
+
+@pytest.mark.parametrize(
+    ("num_messages", "said"), [(None, "a proxy in front does not pass WebSockets"), (3, "broke off: ConnectionClosed")]
+)
+def test_fault_of_a_proxy_with_websockets_is_named(healthy, num_messages, said):
+    with in_front(healthy, lambda app: Sockets(app, num_messages)) as url, Target(url, KEY, 5) as target:
+        target.model = "echo"
+        outcome = check_realtime(target, Stream())
+    assert outcome.status == "failed"
+    assert said in outcome.message
+
+
+def test_server_without_a_websocket_is_no_fault():
+    with serving(engine="remote", remote_url="http://127.0.0.1:9") as gateway, Target(gateway.url, "", 5) as target:
+        assert check_realtime(target, Stream()).status == "skipped"
+
+
+def test_websocket_that_answers_otherwise_than_the_stream_is_named(healthy):
+    with Target(healthy.url, KEY, 5) as target:
+        target.model = "echo"
+        outcome = check_realtime(target, Stream(pieces=["Another answer altogether."]))
+    assert "the same greedy request begins 'Write a long story" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("url", "queue"),
+    [
+        ("https://api.runpod.ai/v2/abc", "https://api.runpod.ai/v2/abc/openai"),
+        ("https://api.runpod.ai/v2/abc/runsync", "https://api.runpod.ai/v2/abc/openai"),
+        ("https://api.runpod.ai/v2/abc/openai/v1/", "https://api.runpod.ai/v2/abc/openai"),
+        ("http://127.0.0.1:8010/v2/local/run", "http://127.0.0.1:8010/v2/local/openai"),
+        ("https://abc.api.runpod.ai/v1", None),
+        ("https://my.server/v2/abc", None),
+    ],
+)
+def test_native_address_of_runpods_queue_is_asked_through_openais_routes(url, queue):
+    assert runpod_queue(url) == queue
+    with Target(url, "k", 1) as target:
+        assert target.url == (queue or url.removesuffix("/v1"))
+        assert target.edge == ("RunPod" if "runpod.ai" in url or queue else "")
 
 
 @pytest.mark.parametrize(

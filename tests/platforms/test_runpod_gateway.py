@@ -7,8 +7,13 @@ from contextlib import contextmanager
 
 import httpx2 as httpx
 import pytest
+from click.testing import CliRunner
+from fake_runpod import serving_runpod_api
 from runpod_local import LocalRunpod, WorkerProcess
 from support import chat, eventually, joined, message_error, named_events, openai_error, serving, sse_chunks
+
+from trimaran.cli import main
+from trimaran.deploy import on_runpod
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -80,3 +85,18 @@ def test_client_that_leaves_cancels_the_job(slow: tuple[LocalRunpod, WorkerProce
 def sse_chunks_of(client: httpx.Client, text: str) -> list[dict[str, object]]:
     body = client.post(COMPLETIONS, json=chat(text, stream=True)).text
     return sse_chunks(body)
+
+
+def test_deploy_of_a_queue_is_verified_through_the_queue(runpod: LocalRunpod, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_runpod, "POLL_S", 0.0)
+    with serving_runpod_api() as fake:
+        fake.key, fake.queue = runpod.plane.key, runpod.base
+        monkeypatch.setenv("RUNPOD_API_KEY", fake.key)
+        monkeypatch.setenv("RUNPOD_API_URL", fake.url)
+        done = CliRunner().invoke(
+            main, ["deploy", "runpod", "--name", "q", "--image", "i:1", "--env", "SERVE_ENGINE=echo", "--verify"]
+        )
+    assert done.exit_code == 0, done.output
+    assert "routes refuse no key and a wrong key, by RunPod in front" in done.stderr
+    assert "skipped  realtime: RunPod's queue passes no WebSocket" in done.stderr
+    assert done.stdout == f"{runpod.base}/openai/v1\n"

@@ -9,7 +9,7 @@ from functools import partial
 import httpx2 as httpx
 
 from serve.errors import ConfigError
-from trimaran.verify import answers, load, manners
+from trimaran.verify import answers, load, manners, realtime
 from trimaran.verify.outcome import Outcome, failed, skipped
 from trimaran.verify.reference import Reference, check_golden
 from trimaran.verify.target import Stream, Target
@@ -34,6 +34,7 @@ def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterat
         ("golden tokens", (lambda: unknown) if wanted is None else partial(check_golden, target, wanted)),
         ("keys", partial(manners.check_keys, target)),
         ("parameters", partial(manners.check_parameters, target)),
+        ("realtime", partial(realtime.check_realtime, target, stream)),
         ("disconnect", partial(load.check_disconnect, target, stream)),
         ("concurrency", partial(load.check_concurrency, target, concurrency)),
     ):

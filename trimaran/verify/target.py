@@ -100,8 +100,9 @@ class Target:
         self.key = key
         self.model = ""
         """Its id in the API, once it is known."""
-        is_runpod = (urlsplit(self.url).hostname or "").endswith(RUNPOD_HOST)
-        self.edge = "RunPod" if self.is_queue or (is_runpod and key_header == "authorization") else ""
+        self.timeout_s = timeout_s
+        self.is_runpod = (urlsplit(self.url).hostname or "").endswith(RUNPOD_HOST)
+        self.edge = "RunPod" if self.is_queue or (self.is_runpod and key_header == "authorization") else ""
         """Who checks the key before the server sees a request, and refuses in its own words; empty: the server does."""
         self._headers = dict(headers or {})
         self._key_header = key_header
