@@ -1,6 +1,7 @@
 """What each caller may use: requests and tokens per minute, tokens and dollars per day, requests at once.
 
-In this process only: with N replicas a caller gets up to N times as much.  No HTTP here; the clock is given.
+In this process only: with N replicas a caller gets up to N times as much, unless they share (``shared_limits.py``).
+No HTTP here; the clock is given.
 """
 
 from __future__ import annotations
@@ -51,13 +52,27 @@ class Allowance:
         """Whether what was used before this process began matters."""
         return self.tokens_per_day is not None or self.usd_per_day is not None
 
+    def part(self, num_replicas: int) -> Allowance:
+        """What each of so many replicas gives by itself; counts are rounded up, so that nobody is shut out."""
+
+        def ceil(limit: int | None) -> int | None:
+            return None if limit is None else math.ceil(limit / num_replicas)
+
+        return Allowance(
+            requests_per_minute=ceil(self.requests_per_minute),
+            tokens_per_minute=ceil(self.tokens_per_minute),
+            tokens_per_day=ceil(self.tokens_per_day),
+            usd_per_day=None if self.usd_per_day is None else self.usd_per_day / num_replicas,
+            concurrency=ceil(self.concurrency),
+        )
+
 
 class Bucket:
     """``per_minute`` units that flow back evenly.  May go below zero: who took too much waits longer."""
 
-    def __init__(self, per_minute: int, now: float) -> None:
+    def __init__(self, per_minute: int, now: float, level: float | None = None) -> None:
         self.capacity = per_minute
-        self._level = float(per_minute)
+        self._level = float(per_minute) if level is None else level
         self._updated_at = now
 
     def level(self, now: float) -> float:
@@ -87,10 +102,13 @@ class Remaining:
 
 
 @dataclass(slots=True)
-class _Caller:
+class Standing:
+    """Where one caller stands.  ``num_elsewhere`` of its requests run in other replicas, as far as is known."""
+
     requests: Bucket | None
     tokens: Bucket | None
     num_running: int = 0
+    num_elsewhere: int = 0
     day: int = 0
     tokens_today: int = 0
     usd_today: float = 0.0
@@ -110,7 +128,7 @@ class Limiter:
     def __init__(self, allowance: Allowance, clock: Callable[[], float] = time.time) -> None:
         self.allowance = allowance
         self._clock = clock
-        self._callers: dict[str, _Caller] = {}
+        self._callers: dict[str, Standing] = {}
         self._recalled: asyncio.Event | None = None
 
     def expect_recall(self) -> None:
@@ -118,12 +136,16 @@ class Limiter:
         self._recalled = asyncio.Event()
         asyncio.get_running_loop().call_later(RECALL_WAIT_S, self._recalled.set)
 
+    @property
+    def needs_recall(self) -> bool:
+        """Whether what was used before this process began matters."""
+        return self.allowance.counts_days
+
     def recall(self, day: int, spent: Spent) -> None:
         """Add what callers used on a day (since the epoch) before this process began."""
-        now = self._clock()
-        if day == int(now // DAY_S):
+        if day == int(self._clock() // DAY_S):
             for name, (num_tokens, usd) in spent.items():
-                caller = self._caller(name, now)
+                caller = self.standing(name)
                 caller.tokens_today += num_tokens
                 caller.usd_today += usd
         if self._recalled is not None:
@@ -145,36 +167,43 @@ class Limiter:
         Raises:
             RateLimited: an allowance is used up; the error says which, and when to come back.
         """
-        allowance, now = self.allowance, self._clock()
-        caller = self._caller(name, now)
-        if allowance.concurrency is not None and caller.num_running >= allowance.concurrency:
-            self._refuse(f"{caller.num_running} of your requests are running, as many as allowed", BUSY_RETRY_S)
-        if caller.requests is not None and (wait_s := caller.requests.wait_s(1, now)):
-            self._refuse(f"you may send {allowance.requests_per_minute} requests per minute", wait_s)
-        if caller.tokens is not None and (wait_s := caller.tokens.wait_s(1, now)):
-            self._refuse(f"you may use {allowance.tokens_per_minute} tokens per minute", wait_s)
-        if allowance.tokens_per_day is not None and caller.tokens_today >= allowance.tokens_per_day:
-            self._refuse(f"you may use {allowance.tokens_per_day} tokens per day (UTC)", DAY_S - now % DAY_S)
-        if allowance.usd_per_day is not None and caller.usd_today >= allowance.usd_per_day:
-            self._refuse(f"you may use ${allowance.usd_per_day:g} of machine time per day (UTC)", DAY_S - now % DAY_S)
+        if (refusal := self.refusal(name)) is not None:
+            raise refusal
+        caller = self.standing(name)
         caller.num_running += 1
         if caller.requests is not None:
-            caller.requests.take(1, now)
+            caller.requests.take(1, self._clock())
+
+    def refusal(self, name: str) -> RateLimited | None:
+        """Why a request of this caller may not begin now; None: it may."""
+        allowance, caller, now = self.allowance, self.standing(name), self._clock()
+        num_running = caller.num_running + caller.num_elsewhere
+        if allowance.concurrency is not None and num_running >= allowance.concurrency:
+            return _refusal(f"{num_running} of your requests are running, as many as allowed", BUSY_RETRY_S)
+        if caller.requests is not None and (wait_s := caller.requests.wait_s(1, now)):
+            return _refusal(f"you may send {allowance.requests_per_minute} requests per minute", wait_s)
+        if caller.tokens is not None and (wait_s := caller.tokens.wait_s(1, now)):
+            return _refusal(f"you may use {allowance.tokens_per_minute} tokens per minute", wait_s)
+        if allowance.tokens_per_day is not None and caller.tokens_today >= allowance.tokens_per_day:
+            return _refusal(f"you may use {allowance.tokens_per_day} tokens per day (UTC)", DAY_S - now % DAY_S)
+        if allowance.usd_per_day is not None and caller.usd_today >= allowance.usd_per_day:
+            return _refusal(
+                f"you may use ${allowance.usd_per_day:g} of machine time per day (UTC)", DAY_S - now % DAY_S
+            )
+        return None
 
     def release(self, name: str, num_tokens: int, usd: float = 0.0) -> None:
         """A request that was admitted has ended, and has used so many tokens of prompt and completion, and dollars."""
-        now = self._clock()
-        caller = self._caller(name, now)
+        caller = self.standing(name)
         caller.num_running -= 1
         caller.tokens_today += num_tokens
         caller.usd_today += usd
         if caller.tokens is not None:
-            caller.tokens.take(num_tokens, now)
+            caller.tokens.take(num_tokens, self._clock())
 
     def remaining(self, name: str) -> list[Remaining]:
         """What this caller has left of the minute's and the day's allowances, where these are limited."""
-        now, allowance = self._clock(), self.allowance
-        caller = self._caller(name, now)
+        allowance, caller, now = self.allowance, self.standing(name), self._clock()
         minutes = [
             Remaining(kind, bucket.capacity, max(0, math.floor(bucket.level(now))), bucket.wait_s(bucket.capacity, now))
             for kind, bucket in (("requests", caller.requests), ("tokens", caller.tokens))
@@ -190,30 +219,37 @@ class Limiter:
         ]
         return minutes + days
 
-    def _refuse(self, why: str, retry_after: float) -> None:
-        raise RateLimited(f"{why}; try again in {math.ceil(retry_after)} s", retry_after=retry_after)
-
-    def _caller(self, name: str, now: float) -> _Caller:
+    def standing(self, name: str) -> Standing:
+        """Where this caller stands today."""
+        now = self._clock()
         caller = self._callers.get(name)
         if caller is None:
             if len(self._callers) >= MAX_CALLERS:
                 self._forget(now)
-            requests, tokens = self.allowance.requests_per_minute, self.allowance.tokens_per_minute
-            caller = _Caller(
-                Bucket(requests, now) if requests is not None else None,
-                Bucket(tokens, now) if tokens is not None else None,
-            )
-            self._callers[name] = caller
+            caller = self._callers[name] = self._newcomer(name, now)
         day = int(now // DAY_S)
         if caller.day != day:
             caller.day, caller.tokens_today, caller.usd_today = day, 0, 0.0
         return caller
 
+    def _newcomer(self, name: str, now: float) -> Standing:
+        """How a caller begins of whom nothing is known."""
+        del name
+        requests, tokens = self.allowance.requests_per_minute, self.allowance.tokens_per_minute
+        return Standing(
+            Bucket(requests, now) if requests is not None else None,
+            Bucket(tokens, now) if tokens is not None else None,
+        )
+
     def _forget(self, now: float) -> None:
         self._callers = {name: caller for name, caller in self._callers.items() if not _is_fresh(caller, now)}
 
 
-def _is_fresh(caller: _Caller, now: float) -> bool:
+def _refusal(why: str, retry_after: float) -> RateLimited:
+    return RateLimited(f"{why}; try again in {math.ceil(retry_after)} s", retry_after=retry_after)
+
+
+def _is_fresh(caller: Standing, now: float) -> bool:
     """Whether the caller is as one who never came."""
     buckets = (caller.requests, caller.tokens)
     is_full = all(bucket is None or bucket.level(now) >= bucket.capacity for bucket in buckets)

@@ -22,6 +22,7 @@ from serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serve.records.writer import RecordWriter
+    from serve.sharing.limiter import SharedLimiter
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "trimaran"
@@ -42,13 +43,22 @@ class Metrics:
         lifecycle: Asked at each scrape.
         watchdog: Asked at each scrape.
         records: Asked at each scrape, where records go into a database.
+        limiter: Asked at each scrape, where limits are shared.
     """
 
-    def __init__(self, lifecycle: Lifecycle, watchdog: Watchdog, records: RecordWriter | None = None) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        watchdog: Watchdog,
+        records: RecordWriter | None = None,
+        limiter: SharedLimiter | None = None,
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_State(lifecycle, watchdog))
         if records is not None:
             self._registry.register(_Records(records))
+        if limiter is not None:
+            self._registry.register(_Limits(limiter))
         self._gpu_memory = GpuMemory()
         self._registry.register(self._gpu_memory)
         self._requests = self._counter("http_requests", "Requests by route and status.", ("route", "status"))
@@ -164,6 +174,22 @@ class _Records(Collector):
             "usage_records_dropped", "Usage records that the buffer could not hold.", self._records.num_dropped
         )
         yield _gauge("usage_records_waiting", "Usage records that are not written yet.", self._records.num_waiting)
+
+
+class _Limits(Collector):
+    """Whether limits are shared now."""
+
+    def __init__(self, limiter: SharedLimiter) -> None:
+        self._limiter = limiter
+
+    def collect(self) -> Iterator[Metric]:
+        """The state of this moment; on the event loop."""
+        link = self._limiter.link
+        yield _gauge("limits_shared", "1 while the database counts for all replicas, else 0.", float(link.is_up))
+        yield _gauge("limit_replicas", "Replicas that share limits, as known last.", link.num_replicas)
+        yield _counter(
+            "limits_decided_alone", "Requests that this replica decided without the database.", self._limiter.num_alone
+        )
 
 
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:

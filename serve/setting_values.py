@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings
 
 from serve.errors import ConfigError
 from serve.folders import default_cache
+from serve.records.address import kind_of
 
 
 class EngineName(StrEnum):
@@ -91,6 +92,25 @@ def holds_model(folder: Path) -> bool:
         return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     except PermissionError:
         return True
+
+
+def with_mounted_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings' values with the model that a platform mounted, unless one is named."""
+    folders = values.get("model_folders") or ()
+    if values.get("model") or values.get("engine", EngineName.TRANSFORMERS) != EngineName.TRANSFORMERS:
+        return values
+    names = folders.split(",") if isinstance(folders, str) else folders
+    mounted = [str(name).strip() for name in names if holds_model(Path(str(name).strip()))]
+    return {**values, "model": mounted[0]} if mounted else values
+
+
+def check_sharing(records_url: SecretStr | None) -> None:
+    """Raise what is wrong with the database that limits are to be shared through."""
+    if records_url is None or kind_of(records_url.get_secret_value()) != "postgresql":
+        raise ValueError(
+            "SERVE_LIMITS_SHARED needs a PostgreSQL that all replicas reach (SQLite is one machine's): "
+            "set SERVE_RECORDS_URL=postgresql://USER:PASSWORD@HOST/NAME"
+        )
 
 
 def is_origin(text: str) -> bool:

@@ -36,12 +36,13 @@ from serve.setting_values import (
     ToolParser,
     ToolPrompt,
     cache_if_any,
-    holds_model,
+    check_sharing,
     is_loopback,
     name_of,
     no_address,
     only_origins,
     variables,
+    with_mounted_model,
     wrong_values,
 )
 
@@ -147,6 +148,7 @@ class Settings(BaseSettings):
         None, gt=0, description="Dollars of machine time of each caller, by SERVE_USD_PER_HOUR, from 0:00 UTC on."
     )
     limit_concurrency: int | None = Field(None, ge=1, description="Requests that each caller may have running at once.")
+    limits_shared: bool = Field(False, description="Share limits among replicas, in SERVE_RECORDS_URL's PostgreSQL.")
     stored_responses: int = Field(1000, ge=0, le=10**6, description="Responses kept for each key; 0 keeps none.")
     stored_response_bytes: int = Field(64 * 2**20, ge=0, description="Bytes of them for each key; the oldest go first.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes; more gets 413.")
@@ -183,12 +185,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _find_mounted_model(cls, values: dict[str, Any]) -> dict[str, Any]:
-        folders = values.get("model_folders") or ()
-        if values.get("model") or values.get("engine", EngineName.TRANSFORMERS) != EngineName.TRANSFORMERS:
-            return values
-        names = folders.split(",") if isinstance(folders, str) else folders
-        mounted = [str(name).strip() for name in names if holds_model(Path(str(name).strip()))]
-        return {**values, "model": mounted[0]} if mounted else values
+        return with_mounted_model(values)
 
     @field_validator("api_keys", "model_folders", "cors_origins", "oidc_algorithms", mode="before")
     @classmethod
@@ -212,6 +209,8 @@ class Settings(BaseSettings):
             raise ValueError(f"both models are called {self.served_name}: set SERVE_MODEL_NAME")
         if self.limit_usd_per_day is not None and self.usd_per_hour is None:
             raise ValueError("SERVE_LIMIT_USD_PER_DAY needs the machine's price: set SERVE_USD_PER_HOUR")
+        if self.limits_shared:
+            check_sharing(self.records_url)
         return self
 
     @property

@@ -44,12 +44,14 @@ from serve.machine_time import MachineTime
 from serve.metrics import Metrics
 from serve.observe import RequestRecord
 from serve.settings import EngineName, Settings, load_settings
+from serve.sharing.limiter import SharedLimiter
 from serve.source import choose_origin
 from serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from serve.oidc import TokenVerifier
     from serve.records.writer import RecordWriter, TellSpent
+    from serve.sharing.store import LimitStore
     from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
@@ -125,8 +127,8 @@ def create_app(
     lifecycle = lifecycle or create_lifecycle(settings, engine)
     watchdog = _watchdog(settings, lifecycle)
     records = _record_writer(settings)
-    metrics = Metrics(lifecycle, watchdog, records)
-    limiter = Limiter(settings.allowance())
+    limiter = _limiter(settings)
+    metrics = Metrics(lifecycle, watchdog, records, limiter if isinstance(limiter, SharedLimiter) else None)
     traces = _traces(settings)
     sinks = [RequestRecord.log, metrics.observe, *(sink.put for sink in (records, traces) if sink)]
     machine, door = MachineTime(settings.usd_per_hour), Door(_key_ring(settings), _token_verifier(settings))
@@ -238,9 +240,23 @@ def _record_writer(settings: Settings) -> RecordWriter | None:
     return RecordWriter(settings.records_url.get_secret_value(), settings.records_buffer)
 
 
+def _limiter(settings: Settings) -> Limiter:
+    """Who counts what callers use: this process alone, or all replicas together."""
+    allowance, url = settings.allowance(), settings.records_url
+    if not settings.limits_shared or url is None or allowance.is_unlimited:
+        return Limiter(allowance)
+
+    def open_store() -> LimitStore:
+        from serve.records.limit_table import LimitTable  # noqa: PLC0415
+
+        return LimitTable(url.get_secret_value(), allowance)
+
+    return SharedLimiter(allowance, open_store)
+
+
 def _recall_into(limiter: Limiter) -> TellSpent | None:
     """Tells the limiter, from any thread, what callers used today before this process began; None: nothing asks."""
-    if not limiter.allowance.counts_days:
+    if not limiter.needs_recall:
         return None
     limiter.expect_recall()
     return partial(asyncio.get_running_loop().call_soon_threadsafe, limiter.recall)
@@ -252,10 +268,13 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     watchdog: Watchdog = app.state.watchdog
     records: RecordWriter | None = app.state.records
     traces: Traces | None = app.state.traces
+    limiter: Limiter = app.state.limiter
     lifecycle.start()
     watchdog.start()
     if records is not None:
-        records.start(_recall_into(app.state.limiter))
+        records.start(_recall_into(limiter))
+    if isinstance(limiter, SharedLimiter):
+        limiter.link.start()
     if traces is not None:
         traces.start()
     watching = asyncio.create_task(_watch_keys(app.state.door.keys)) if app.state.settings.api_keys_file else None
@@ -268,8 +287,9 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     await lifecycle.close()
     if (upstream := getattr(app.state, "upstream", None)) is not None:
         await upstream.close()
-    # Together, so that what a platform waits for after SIGTERM is enough for both.
-    await asyncio.gather(*(sink.close() for sink in (records, traces) if sink))
+    # Together, so that what a platform waits for after SIGTERM is enough for all.
+    link = limiter.link if isinstance(limiter, SharedLimiter) else None
+    await asyncio.gather(*(sink.close() for sink in (records, traces, link) if sink))
 
 
 def _operation_id(route: APIRoute) -> str:

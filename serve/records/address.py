@@ -25,14 +25,29 @@ def database_address(url: str) -> str:
         ConfigError: no such kind of database, a parameter that nobody would obey, a folder that is not there, or a
             package that is not installed.
     """
-    scheme, separator, rest = url.partition("://")
-    kind = SCHEMES.get(scheme.partition("+")[0])
-    if kind is None or not separator:
+    kind, rest = kind_of(url), url.partition("://")[2]
+    if kind is None:
         raise ConfigError(f"{NAME} is no address of a database: {FORMS}", param=NAME)
     _check_installed(kind)
     if kind == "sqlite":
         return "sqlite+aiosqlite://" + _checked_file(rest)
-    return _postgresql(rest)
+    return "postgresql+asyncpg://" + _postgresql(rest, ssl_name="ssl")
+
+
+def asyncpg_address(url: str) -> str:
+    """The address of a PostgreSQL as asyncpg takes it without SQLAlchemy.
+
+    Raises:
+        ConfigError: as for :func:`database_address`.
+    """
+    database_address(url)
+    return "postgresql://" + _postgresql(url.partition("://")[2], ssl_name="sslmode")
+
+
+def kind_of(url: str) -> str | None:
+    """``sqlite`` or ``postgresql``; None: neither."""
+    scheme, separator, _ = url.partition("://")
+    return SCHEMES.get(scheme.partition("+")[0]) if separator else None
 
 
 def _check_installed(kind: str) -> None:
@@ -54,17 +69,18 @@ def _checked_file(rest: str) -> str:
     return rest
 
 
-def _postgresql(rest: str) -> str:
+def _postgresql(rest: str, ssl_name: str) -> str:
     try:
         parts = urlsplit("postgresql://" + rest)
         _ = parts.port
     except ValueError:
         raise ConfigError(f"{NAME} is no address of a database: {FORMS}", param=NAME) from None
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if "sslmode" in query:
-        query["ssl"] = query.pop("sslmode")
-    if unknown := sorted(set(query) - {"ssl", "host", "port"}):
+    for name in ("sslmode", "ssl"):
+        if name in query:
+            query[ssl_name] = query.pop(name)
+    if unknown := sorted(set(query) - {ssl_name, "host", "port"}):
         raise ConfigError(f"{NAME}: the parameter {unknown[0]} is not supported; leave it out", param=NAME)
     if not parts.path.strip("/"):
         raise ConfigError(f"{NAME} names no database: {FORMS}", param=NAME)
-    return "postgresql+asyncpg://" + parts.netloc + parts.path + ("?" + urlencode(query) if query else "")
+    return parts.netloc + parts.path + ("?" + urlencode(query) if query else "")

@@ -66,6 +66,11 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/records/row.py": DATABASE,
     "serve/records/writer.py": DATABASE,
     "serve/api/usage.py": DATABASE,
+    "serve/limits.py": TORCH | WEB | DATABASE | {"serve.api", "serve.engine", "serve.settings", "threading"},
+    "serve/sharing": TORCH
+    | WEB
+    | DATABASE
+    | {"serve.api", "serve.engine", "serve.settings", "serve.records", "threading"},
     "serve/keys.py": TORCH | WEB | {"serve.api", "serve.settings", "asyncio", "jwt", "httpx2"},
     "serve/oidc.py": TORCH | WEB | {"serve.api", "serve.settings"},
     "serve/traces.py": TORCH | WEB | {"serve.api", "serve.settings", "threading"},
@@ -100,7 +105,9 @@ LAZY_EXEMPT = {
     "serve/engine/survey.py",
     "serve/engine/transfer.py",
     "serve/records/migrations/env.py",
+    "serve/records/limit_table.py",
     "serve/records/migrations/versions/v0001_usage.py",
+    "serve/records/migrations/versions/v0002_limits.py",
     "serve/records/store.py",
     "serve/records/table.py",
     "trimaran/gguf_convert.py",

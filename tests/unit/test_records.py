@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serve.errors import ConfigError
 from serve.machine_time import MachineTime
 from serve.observe import RequestRecord
-from serve.records.address import database_address
+from serve.records.address import asyncpg_address, database_address
 from serve.records.row import UsageRow, usage_row
 from serve.records.writer import RecordWriter
 from trimaran.usage import bar, chart_text, merged, table_text
@@ -104,6 +104,18 @@ def test_address_that_is_wrong_says_what_would_be_right(url, words):
     assert caught.value.param == "SERVE_RECORDS_URL"
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("postgres://u:ssl=%40@h:5/n?sslmode=require", "postgresql://u:ssl=%40@h:5/n?sslmode=require"),
+        ("postgresql+psycopg://u@h/n?ssl=prefer", "postgresql://u@h/n?sslmode=prefer"),
+    ],
+)
+def test_address_is_as_asyncpg_takes_it_alone(url, address):
+    assert asyncpg_address(url) == address
+    assert "ssl=" in database_address(url)
+
+
 def test_address_names_the_package_that_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trimaran\[records\]"):
@@ -147,7 +159,7 @@ def test_migrations_make_the_table_that_is_written(tmp_path: Path):
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table": "trimaran_version"})
         assert compare_metadata(context, metadata) == []
-        assert context.get_current_revision() == "0001"
+        assert context.get_current_revision() == "0002"
     engine.dispose()
 
 

@@ -74,6 +74,15 @@ def test_budget_in_dollars_needs_a_price():
     assert load_settings(model="m", limit_usd_per_day=1, usd_per_hour=2).allowance().usd_per_day == 1
 
 
+@pytest.mark.parametrize("url", [None, "sqlite:///usage.db"])
+def test_shared_limits_need_a_postgresql(url):
+    with pytest.raises(
+        ConfigError, match=r"SERVE_LIMITS_SHARED needs a PostgreSQL .* set SERVE_RECORDS_URL=postgresql://"
+    ):
+        load_settings(engine="echo", limits_shared=True, records_url=url)
+    assert load_settings(engine="echo", limits_shared=True, records_url="postgres://u:p@h/n").limits_shared
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True), ("0.0.0.0", False),  # noqa: S104
