@@ -11,13 +11,15 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, case, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from serve.records.address import database_address
 from serve.records.row import UsageRow
-from serve.records.table import usage
+from serve.records.table import VERSION_TABLE, usage
 
 TIMEOUT_S = 10.0
 """For one transaction, the connection to the database included."""
@@ -114,4 +116,7 @@ def _upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
+    found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    if found is None or found in known:  # else a later version was here, and migrations only add
+        command.upgrade(config, "head")

@@ -7,6 +7,8 @@ from sqlalchemy import BigInteger, Boolean, Column, Date, DateTime, Double, Inde
 from serve.records.row import MAX_TEXT
 
 metadata = MetaData()
+VERSION_TABLE = "trimaran_version"
+"""Where Alembic notes which migrations have run."""
 
 _text = String(MAX_TEXT)
 

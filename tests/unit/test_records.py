@@ -163,6 +163,28 @@ def test_migrations_make_the_table_that_is_written(tmp_path: Path):
     engine.dispose()
 
 
+def test_store_writes_into_the_database_of_a_later_version(tmp_path: Path):
+    """Whoever goes back to this version keeps its records."""
+    import sqlite3
+
+    from serve.records.store import UsageStore
+
+    async def write(at: int) -> Any:
+        store = UsageStore(f"sqlite:///{tmp_path}/usage.db")
+        await store.migrate()
+        await store.write([row(prompt_tokens=at)])
+        found = await store.sums(date(2020, 1, 1), ["caller"])
+        await store.close()
+        return found[0]["requests"]
+
+    assert asyncio.run(write(1)) == 1
+    connection = sqlite3.connect(tmp_path / "usage.db")
+    connection.execute("UPDATE trimaran_version SET version_num = '9999'")
+    connection.commit()
+    connection.close()
+    assert asyncio.run(write(2)) == 2
+
+
 def test_writer_counts_what_was_never_written(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "usage.db").mkdir()
     writer = RecordWriter(f"sqlite:///{tmp_path}/usage.db", max_waiting=2)

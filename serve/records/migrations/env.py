@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from alembic import context
 
-from serve.records.table import metadata
+from serve.records.table import VERSION_TABLE, metadata
 
 context.configure(
-    connection=context.config.attributes["connection"], target_metadata=metadata, version_table="trimaran_version"
+    connection=context.config.attributes["connection"], target_metadata=metadata, version_table=VERSION_TABLE
 )
 with context.begin_transaction():
     context.run_migrations()
