@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,8 @@ the same is at `/openapi.json` and `/docs` of a running server.
   holds it is sent. *Ignored* ones are ignored by design: they change nothing that a single model on its own server
   could do otherwise. *Refused* ones are known and not implemented: anything but the values named is 400
   `unsupported_parameter`. Null is the same as leaving a field out, except where it is required. A field
-  that no table names is accepted and listed in the header `x-ignored-parameters`; with `SERVE_STRICT=true` it is 400.
+  that no table names, outermost or inner, is accepted and listed in the header `x-ignored-parameters` unless it is
+  null; with `SERVE_STRICT=true` it is 400.
 - **Images, sound, files** in messages are 400 with the name of the part. `SERVE_IMAGE_INPUT=note` makes an image a
   text that the model cannot see it, and lists the part in `x-ignored-parameters`.
 - **Errors.** `{"error": {"message", "type", "param", "code"}}`; `message` names field, value and remedy. 429 and 503
@@ -41,6 +42,16 @@ EXTRAS = """
 
 On every route that generates text and does not name them above, refused unless they ask for nothing, since they would
 change the answer:
+
+| field | accepted values |
+|---|---|
+"""
+
+OTHERS = """
+## Fields of other routes
+
+One route's field on another one that generates text and does not name it above (`max_tokens` on `/v1/responses`) is
+refused just so; the message says what the field is called there:
 
 | field | accepted values |
 |---|---|
@@ -81,26 +92,20 @@ Without keys, pages of other origins are refused.
 
 def http_api() -> str:
     """The whole page."""
-    from fastapi.routing import APIRoute  # noqa: PLC0415
-
     from serve.api.app import create_app  # noqa: PLC0415
-    from serve.api.schemas.sampling import REFUSED_EXTRAS  # noqa: PLC0415
+    from serve.api.errors import all_routes  # noqa: PLC0415
+    from serve.api.schemas.sampling import OTHER_ROUTES, REFUSED_EXTRAS  # noqa: PLC0415
     from serve.settings import Settings  # noqa: PLC0415
 
     known: dict[str, Any] = {"engine": "echo", "_env_file": None}
     app = create_app(Settings(**known))
-    found = [route for route in _routes(app.routes) if isinstance(route, APIRoute) and route.include_in_schema]
+    found = [route for route in all_routes(app.routes) if route.include_in_schema]
     sections = "".join(map(_section, found))
-    extras = "\n".join(f"| `{name}` | {_values(values)} |" for name, values in sorted(REFUSED_EXTRAS.items()))
-    return HEADER + sections + EXTRAS + extras + "\n" + REALTIME
+    return HEADER + sections + EXTRAS + _extras(REFUSED_EXTRAS) + OTHERS + _extras(OTHER_ROUTES) + REALTIME
 
 
-def _routes(routes: Sequence[Any]) -> Iterator[Any]:
-    """All routes, those of included routers too."""
-    for route in routes:
-        yield route
-        if (inner := getattr(route, "original_router", None)) is not None:
-            yield from _routes(inner.routes)
+def _extras(table: Mapping[str, tuple[Any, ...]]) -> str:
+    return "".join(f"| `{name}` | {_values(values)} |\n" for name, values in sorted(table.items()))
 
 
 def _section(route: APIRoute) -> str:

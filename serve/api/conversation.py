@@ -37,6 +37,8 @@ def to_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
 def _to_message(message: Message, where: str, names: dict[str, str]) -> dict[str, Any]:
     if message.role == "function":
         raise UnsupportedParameter(f"{where}.role: function is deprecated; use tool", param=f"{where}.role")
+    if message.audio is not None:
+        raise unread("audio", f"{where}.audio")
     if message.role == "assistant":
         return _from_assistant(message, where, names)
     converted: dict[str, Any] = {"role": message.role, "content": _text(message, where)}

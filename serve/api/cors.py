@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-SENT = ("authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version", "idempotency-key")
 LIMITED = ("requests", "tokens", "tokens-day", "usd-day")
 LIMITS = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in LIMITED]
-READABLE = ("x-request-id", "request-id", "retry-after", "server-timing", "www-authenticate", *LIMITS)
+READABLE = (
+    "x-request-id", "request-id", "retry-after", "server-timing", "www-authenticate", "x-ignored-parameters", *LIMITS,
+)  # fmt: skip
 PREFLIGHT_S = 600
 
 
@@ -18,7 +19,8 @@ def cors(origins: Sequence[str]) -> list[Middleware]:
     """Answers the preflights of ``origins`` and lets their pages read; nothing for no origin.
 
     Credentials are never allowed: a key travels in a header that the page sets itself, so a foreign page that a browser
-    would send cookies or passwords for gains nothing.
+    would send cookies or passwords for gains nothing.  Any header may be sent: the official clients send a dozen about
+    themselves, and no header is read as more than its sender's own words.
     """
     if not origins:
         return []
@@ -27,7 +29,7 @@ def cors(origins: Sequence[str]) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=list(origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=list(SENT),
+            allow_headers=["*"],
             expose_headers=list(READABLE),
             allow_credentials=False,
             max_age=PREFLIGHT_S,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from serve import errors
 from serve.api.schemas.common import ErrorBody, ErrorResponse
 from serve.api.schemas.message_events import ErrorKind, MessageErrorBody, MessageErrorResponse
-from serve.errors import InvalidRequest, ServeError
+from serve.errors import InvalidRequest, ServeError, UnsupportedParameter
 from serve.observe import RequestRecord
 
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
@@ -62,8 +63,14 @@ MESSAGE_ERRORS: dict[int, ErrorKind] = {
 }
 """Anthropic's types by status; any other below 500 is a caller's mistake, and from there on ours."""
 
-MAX_SHOWN = 60
-"""Characters of a wrong value that an error repeats."""
+MAX_SHOWN, MAX_NAME = 60, 100
+"""Characters of a wrong value, and of a field's name, that an error repeats."""
+
+CUSTOM = "custom"
+"""The kind of tools that OpenAI has besides functions."""
+
+NO_OBJECT = {"model_type", "model_attributes_type", "dict_type"}
+"""Where an object was wanted, in pydantic's words."""
 
 WRONG_LENGTHS = ("too_long", "too_short")
 """Of lists: the member of a union that says so found nothing else wrong."""
@@ -151,14 +158,34 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - as registered
-    path = request.url.path
+    path, headers = request.url.path, error.headers
     if error.status_code == 404:
         message = f"unknown path {show(path)}; see /docs for what there is"
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {show(path)}"
+        if allowed := allowed_methods(request):
+            message, headers = f"{message}; send {' or '.join(allowed)}", {"Allow": ", ".join(allowed)}
     else:
         message = str(error.detail)
-    return plain_error(error.status_code, message, error.headers, request.scope)
+    return plain_error(error.status_code, message, headers, request.scope)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Those of all routes on the path that a request found; HEAD goes wherever GET does."""
+    path = getattr(request.scope.get("route"), "path", None)
+    found: set[str] = {
+        method for route in all_routes(request.app.routes) if route.path == path for method in route.methods or ()
+    }
+    return sorted(found | {"HEAD"} if "GET" in found else found)
+
+
+def all_routes(routes: Sequence[Any]) -> Iterator[APIRoute]:
+    """All of an app's, those of included routers too."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        if (inner := getattr(route, "original_router", None)) is not None:
+            yield from all_routes(inner.routes)
 
 
 def show(value: Any) -> str:
@@ -169,22 +196,24 @@ def show(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
-def explain(problems: Sequence[Any], body: Any) -> InvalidRequest:
+def explain(problems: Sequence[Any], body: Any) -> InvalidRequest | UnsupportedParameter:
     """The most specific of a validation's problems: which field, which value, what it should be."""
     path, problem = max(
         ((_path(problem, body), problem) for problem in problems),
         key=lambda pair: (pair[1]["type"] in WRONG_LENGTHS, len(pair[0]), _is_of_the_right_kind(pair[1])),
     )
-    if problem["type"] in {"union_tag_not_found", "union_tag_invalid"}:
-        path = [*path, "type"]
     name = _dotted(path)
     if problem["type"] in {"missing", "union_tag_not_found"}:
         return InvalidRequest(f"{name} is missing; it is required", param=name or None)
+    tag = problem["ctx"]["tag"] if problem["type"] == "union_tag_invalid" else problem.get("input")
+    if tag == CUSTOM and path[-1] == "type" and path[0] in {"tools", "tool_choice", "messages"}:
+        return UnsupportedParameter(f"{name} is {CUSTOM}, but this server has functions only", param=name)
     if problem["type"] == "union_tag_invalid":
-        tags = problem["ctx"]
-        return InvalidRequest(f"{name}: there are {tags['expected_tags']}, not {show(tags['tag'])}", param=name)
+        return InvalidRequest(f"{name}: there are {problem['ctx']['expected_tags']}, not {show(tag)}", param=name)
     shown = show(problem.get("input"))
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in NO_OBJECT:
+        message = "input should be an object"
     message = f"{name or 'the body'}: {message[:1].lower()}{message[1:]}"
     return InvalidRequest(message if ", not " in message else f"{message}, not {shown}", param=name or None)
 
@@ -197,7 +226,7 @@ def _is_of_the_right_kind(problem: Any) -> bool:
 
 
 def _path(problem: Any, body: Any) -> list[str | int]:
-    """The problem's place in the body, without pydantic's names of union members."""
+    """The problem's place in the body, without pydantic's names of union members; of a wrong kind, its ``type``."""
     if problem["loc"][0] != "body":  # a parameter of the query, or of the path
         return list(problem["loc"])[1:]
     path: list[str | int] = []
@@ -209,11 +238,11 @@ def _path(problem: Any, body: Any) -> list[str | int]:
             path.append(place)
         elif problem["type"] == "missing" and place is places[-1]:
             path.append(place)
-    return path
+    return [*path, "type"] if problem["type"] in {"union_tag_not_found", "union_tag_invalid"} else path
 
 
 def _dotted(path: Sequence[str | int]) -> str:
     text = ""
     for place in path:
-        text += f"[{place}]" if isinstance(place, int) else f".{place}" if text else str(place)
+        text += f"[{place}]" if isinstance(place, int) else f".{place[:MAX_NAME]}" if text else place[:MAX_NAME]
     return text

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from serve.api.errors import explain
-from serve.api.schemas.sampling import REFUSED_EXTRAS, SamplingFields
+from serve.api.schemas.sampling import OTHER_ROUTES, REFUSED_EXTRAS, SamplingFields
 from serve.api.schemas.wire import RequestBody, UnreadPart, Wire
 from serve.errors import InvalidRequest, UnsupportedParameter
 from serve.setting_values import ImageInput
@@ -60,7 +61,7 @@ def check_neutral(body: RequestBody) -> None:
         UnsupportedParameter: one of them asks for something.
     """
     for name, neutral in body.NEUTRAL.items():
-        _refuse(name, getattr(body, name), neutral)
+        _refuse(name, getattr(body, name), neutral, body)
 
 
 def unread(kind: str, where: str) -> UnsupportedParameter:
@@ -88,35 +89,50 @@ def check_extras(body: Wire, settings: Settings) -> dict[str, str]:
     """The part of :func:`check_fields` that every route shares: images, and what no schema names."""
     noted = list(_note_images(body, "")) if settings.image_input is ImageInput.NOTE else []
     extras: Mapping[str, Any] = body.model_extra or {}
-    for name in sorted(REFUSED_EXTRAS.keys() & extras.keys()):
-        _refuse(name, extras[name], REFUSED_EXTRAS[name])
+    refused = _refused_extras(body)
+    for name in sorted(refused.keys() & extras.keys()):
+        _refuse(name, extras[name], refused[name], body)
+    unknown = _unknown(body, "", refused)
     if settings.strict:
-        for name in _unknown(body, ""):
+        for name in unknown:
             raise InvalidRequest(f"{name} is no field of this request; leave it out", param=name)
-    return _header([*noted, *(name for name in extras if name not in REFUSED_EXTRAS)])
+    return _header([*noted, *islice(unknown, MAX_NAMED)])
 
 
-def _refuse(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+_PLAIN = {str, bool, int, float, type(None)}
+"""By far the most values, which are quickly told from objects of ours."""
+
+_ALL_REFUSED = {**OTHER_ROUTES, **REFUSED_EXTRAS}
+
+
+def _refused_extras(body: Wire) -> Mapping[str, tuple[Any, ...]]:
+    return _ALL_REFUSED if isinstance(body, RequestBody) and body.GENERATES else REFUSED_EXTRAS
+
+
+def _refuse(name: str, value: Any, neutral: tuple[Any, ...], body: Wire) -> None:
     asks_nothing = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
-    if value is not None and not asks_nothing:
-        raise UnsupportedParameter(f"{name} is not supported by this server; leave it out", param=name)
+    if value is None or asks_nothing:
+        return
+    here = body.CALLED.get(name) if isinstance(body, RequestBody) else None
+    advice = f"is no field of this route; send {here}" if here else "is not supported by this server; leave it out"
+    raise UnsupportedParameter(f"{name} {advice}", param=name)
 
 
-def _unknown(value: Any, place: str) -> Iterator[str]:
-    """Paths of the fields that no schema names, in the order in which they came."""
+def _unknown(value: Wire, place: str, known: Container[str] = ()) -> Iterator[str]:
+    """Paths of the fields that no schema names, null ones left out; ``known`` are those of the outermost object."""
     if isinstance(value, UnreadPart):  # refused as what it is, not for its fields
         return
-    if isinstance(value, Wire):
-        for name, inner in value:
-            path = f"{place}.{name}" if place else name
-            if name in (value.model_extra or {}):
-                if place or name not in REFUSED_EXTRAS:
-                    yield path[:200]
-            else:
-                yield from _unknown(inner, path)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-            yield from _unknown(inner, f"{place}[{index}]")
+    for name, inner in (value.model_extra or {}).items():
+        if inner is not None and name not in known:
+            yield f"{place}{name}"[:200]
+    for name, inner in value.__dict__.items():
+        if isinstance(inner, list):
+            items = cast("list[Any]", inner)
+            if items and isinstance(items[0], Wire):
+                for index, item in enumerate(items):
+                    yield from _unknown(item, f"{place}{name}[{index}].")
+        elif type(inner) not in _PLAIN and isinstance(inner, Wire):
+            yield from _unknown(inner, f"{place}{name}.")
 
 
 def _header(names: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
-from serve.api.messages_input import NAMES, chat_fields
+from serve.api.messages_input import chat_fields, names
 from serve.api.messages_shape import MessageAnswer, MessageShape
 from serve.api.middleware import CLIENT_CLOSED
 from serve.api.models import check_model
@@ -44,7 +44,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     headers = _begin(body, settings, record)
     record.is_stream = bool(body.stream)
     fields = chat_fields(body)
-    with NAMES.applied():
+    with names(body).applied():
         chat = to_chat(fields).model_copy(update={"stop": body.stop_sequences})
         choices, reader = await start_turn(chat, request.app.state.lifecycle, record, is_clamped=True)
     answer = MessageAnswer(settings.served_name, record.prompt_tokens or 0, body.max_tokens, reader)
@@ -67,7 +67,7 @@ async def count_message_tokens(body: CountTokensRequest, request: Request) -> Re
     record: RequestRecord = request.scope["trimaran.record"]
     headers = _begin(body, request.app.state.settings, record)
     fields = chat_fields(body)
-    with NAMES.applied():
+    with names(body).applied():
         prompt = await chat_prompt(to_chat(fields), request.app.state.lifecycle, record.received_at)
     return Response(to_json(TokenCount(input_tokens=len(prompt))), headers=headers, media_type="application/json")
 

@@ -25,25 +25,30 @@ from serve.api.schemas.messages import (
 from serve.api.translation import FieldNames
 from serve.errors import InvalidRequest, UnsupportedParameter
 
-NAMES = FieldNames(
-    {
-        r"messages.*": "messages",
-        r"max_completion_tokens": "max_tokens",
-        r"tools\[(\d+)\]\.function\.parameters(.*)": r"tools[\1].input_schema\2",
-        r"tools\[(\d+)\]\.function\.(.*)": r"tools[\1].\2",
-        r"tool_choice\.function\.name": "tool_choice.name",
-        r"parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
-        r"reasoning_effort": "thinking",
-        r"response_format\.json_schema\.schema(.*)": r"output_config.format.schema\1",
-        r"response_format.*": "output_config.format",
-        r"stop.*": "stop_sequences",
-    }
-)
-"""What a chat completion's fields are called here."""
+_NAMES = {
+    r"messages.*": "messages",
+    r"max_completion_tokens": "max_tokens",
+    r"tools\[(\d+)\]\.function\.parameters(.*)": r"tools[\1].input_schema\2",
+    r"tools\[(\d+)\]\.function\.(.*)": r"tools[\1].\2",
+    r"tool_choice\.function\.name": "tool_choice.name",
+    r"parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    r"response_format\.json_schema\.schema(.*)": r"output_config.format.schema\1",
+    r"response_format.*": "output_config.format",
+    r"stop.*": "stop_sequences",
+}
+_OF_THINKING = FieldNames({**_NAMES, r"reasoning_effort": "thinking"})
+_OF_EFFORT = FieldNames({**_NAMES, r"reasoning_effort": r"output_config.effort"})
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 LOW_BUDGET, MEDIUM_BUDGET = 4096, 16384
 """Thinking tokens below which the effort is low, and medium."""
+
+
+def names(body: CountTokensRequest) -> FieldNames:
+    """What a chat completion's fields are called in this request."""
+    is_disabled = body.thinking is not None and body.thinking.type == "disabled"
+    has_effort = body.output_config is not None and body.output_config.effort is not None
+    return _OF_EFFORT if has_effort and not is_disabled else _OF_THINKING
 
 
 def chat_fields(body: CountTokensRequest) -> dict[str, Any]:

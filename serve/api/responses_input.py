@@ -49,9 +49,11 @@ def chat_fields(body: ResponsesRequest, history: Sequence[Item]) -> dict[str, An
     """The chat completion that answers ``body`` after the items of ``history``.
 
     Raises:
-        InvalidRequest: items that do not belong where they are.
+        InvalidRequest: nothing was said, or items do not belong where they are.
         UnsupportedParameter: what this server cannot read or do, by name.
     """
+    if body.input is None and not history:
+        raise InvalidRequest("input is missing; send it, or previous_response_id", param="input")
     for at, name in enumerate(body.include or ()):
         if name not in INCLUDED:
             raise UnsupportedParameter(f"include[{at}]: there is no {show(name)} here", param=f"include[{at}]")
@@ -76,7 +78,7 @@ def chat_fields(body: ResponsesRequest, history: Sequence[Item]) -> dict[str, An
 
 def own_items(body: ResponsesRequest) -> Sequence[Item]:
     """What the request itself says; a string is a message of the user's."""
-    return [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    return [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input or []
 
 
 def _instructions(body: ResponsesRequest) -> Iterable[dict[str, Any]]:

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.responses import Response
 
+from serve.api.errors import show
 from serve.errors import InvalidRequest, UnsupportedMediaType
 
 MAX_VALUES = 50_000
@@ -58,7 +59,7 @@ class _JsonRequest(Request):
         """Read and check the body.
 
         Raises:
-            UnsupportedMediaType: it is not declared as JSON.
+            UnsupportedMediaType: it is not declared as JSON, or compressed.
             InvalidRequest: it is not JSON.
         """
         media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -67,6 +68,9 @@ class _JsonRequest(Request):
         ):
             sent = media_type or "none"
             raise UnsupportedMediaType(f"the content type is {sent}; send Content-Type: application/json")
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            raise UnsupportedMediaType(f"the content encoding is {show(encoding)}; send the body as it is")
         self._parsed = parse_json(await self.body())
 
 

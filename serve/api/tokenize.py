@@ -12,6 +12,7 @@ from serve.api.models import check_model
 from serve.api.routing import StrictRoute
 from serve.api.schemas.common import ErrorResponse
 from serve.api.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from serve.api.tools import tool_plan
 from serve.chat.prompt import ChatFormat
 from serve.errors import InvalidRequest
 from serve.lifecycle import Lifecycle
@@ -56,7 +57,10 @@ def _tokens(body: TokenizeRequest, chat: ChatFormat) -> tuple[int, ...]:
             raise InvalidRequest(
                 "add_special_tokens is for prompt: a conversation has those of its template", param="add_special_tokens"
             )
-        return chat.prompt(to_messages(body.messages), variables=template_variables(body.chat_template_kwargs))
+        tools = tool_plan(body.tools, None, None).tools
+        return chat.prompt(to_messages(body.messages), tools, template_variables(body.chat_template_kwargs))
+    if body.tools:
+        raise InvalidRequest("tools are for messages: a prompt has none", param="tools")
     return chat.text_prompt(body.prompt or "", adds_special=body.add_special_tokens is not False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from serve.api.errors import show
 from serve.api.schemas.tools import AllowedToolsChoice, NamedTool, Tool, ToolChoice
-from serve.chat.calls import arguments_grammar
+from serve.chat.calls import arguments_grammar, check_arguments
 from serve.errors import InvalidRequest
 
 
@@ -45,13 +45,15 @@ def tool_plan(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel:
     """Read the fields ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
 
     Raises:
-        InvalidRequest: two tools of one name, a choice without tools, or of a tool that is not there.
+        InvalidRequest: two tools of one name, arguments that are no object, a choice without tools, or of a tool that
+            is not there.
     """
     known = [tool.function.name for tool in tools or ()]
     for index, name in enumerate(known):
         if name in known[:index]:
             where = f"tools[{index}].function.name"
             raise InvalidRequest(f"{where}: there are two tools named {name!r}; rename one", param=where)
+        check_arguments((tools or ())[index].function.parameters, f"tools[{index}].function.parameters")
     if not known:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice needs tools; send some, or leave it out", param="tool_choice")

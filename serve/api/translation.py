@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from serve.api.blocks import BlockReader
 from serve.api.chat import start_chat
 from serve.api.fields import check_neutral, validated
 from serve.api.generation import Choices
 from serve.api.schemas.chat import ChatCompletionRequest
+from serve.api.schemas.tools import MAX_TURN_TOOLS, TurnTool
 from serve.errors import ServeError
 from serve.lifecycle import Lifecycle
 from serve.observe import RequestRecord
@@ -48,6 +51,12 @@ class FieldNames:
         return None
 
 
+class TurnRequest(ChatCompletionRequest):
+    """A chat completion on another wire, whose bounds of tools are wider."""
+
+    tools: Annotated[list[TurnTool], Field(max_length=MAX_TURN_TOOLS, fail_fast=True)] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 def to_chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:
     """The chat completion with these fields; those that are None are left out.
 
@@ -56,7 +65,9 @@ def to_chat(fields: Mapping[str, Any]) -> ChatCompletionRequest:
         UnsupportedParameter: a field that is not implemented asks for something.
     """
     given = {name: value for name, value in fields.items() if value is not None}
-    body = validated(ChatCompletionRequest, given)
+    # What a tool returned, or an assistant said beside its thoughts, may be a list of nothing there.
+    given["messages"] = [{**each, "content": ""} if each.get("content") == [] else each for each in given["messages"]]
+    body = validated(TurnRequest, given)
     check_neutral(body)
     return body
 

@@ -34,12 +34,20 @@ def arguments_grammar(function: Mapping[str, Any], param: str) -> str:
     schema = function.get("parameters")
     if schema is None:
         schema = _NO_ARGUMENTS
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        where = f"{param}.parameters"
-        raise InvalidRequest(f"{where} cannot be used: its type must be object, as a call's arguments are", param=where)
+    check_arguments(schema, f"{param}.parameters")
     schema = {**schema, "type": "object"}
     return json_schema_grammar(schema, f"{param}.parameters", is_lenient=not function.get("strict"))
+
+
+def check_arguments(schema: Mapping[str, Any] | None, param: str) -> None:
+    """Refuse what no call's arguments can be.
+
+    Raises:
+        InvalidRequest: the schema, in the field ``param``, is not of an object.
+    """
+    kind = (schema or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise InvalidRequest(f"{param} cannot be used: its type must be object, as a call's arguments are", param=param)
 
 
 def calls_grammar(arguments: Mapping[str, str], *, is_single: bool) -> str:

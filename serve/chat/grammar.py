@@ -140,5 +140,7 @@ def _depth(value: Any) -> int:
 
 
 def first_line(message: object) -> str:
-    """A message's first line, not too long."""
-    return str(message).strip().partition("\n")[0][:200]
+    """A message's first line, not too long, and what it announces: a wrong pattern is drawn before it is explained."""
+    text = str(message).strip()
+    first, why = text.partition("\n")[0], re.search(r"^error: (.*)$", text, re.MULTILINE)
+    return (f"{first} {why[1]}" if why and first.endswith(":") else first)[:200]

@@ -15,7 +15,9 @@ PATH, PAGE = "/v1/chat/completions", "https://app.example"
 
 
 def preflight(url: str, origin: str, **more: str) -> Any:
-    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    # As openai's and anthropic's clients for pages ask.
+    wanted = "authorization,content-type,x-stainless-lang,openai-beta,anthropic-dangerous-direct-browser-access"
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
     return httpx.request("OPTIONS", url + PATH, headers={"origin": origin, **asked, **more})
 
 
@@ -25,7 +27,8 @@ def test_cors_lets_named_pages_read(allowed: str) -> None:
         asked = preflight(served.url, PAGE)
         assert asked.status_code == 200, "a preflight carries no key"
         assert asked.headers["access-control-allow-origin"] in {PAGE, "*"}
-        assert "authorization" in asked.headers["access-control-allow-headers"]
+        for name in ("authorization", "x-stainless-lang", "anthropic-dangerous-direct-browser-access"):
+            assert name in asked.headers["access-control-allow-headers"]
         headers = {"origin": PAGE, "authorization": "Bearer k"}
         for stream in (False, True):
             answer = httpx.post(served.url + PATH, json=chat("hi", stream=stream), headers=headers)

@@ -88,7 +88,7 @@ def test_store_gives_up_the_oldest_by_size() -> None:
         assert sum(len(answer.content) for answer in answers if answer.status_code == 200) <= limit
         assert_unknown(client, made[0]["id"])
 
-        larger = create(client, "b", metadata={"a": "b" * limit})
+        larger = create(client, "b", instructions="b" * limit)
         assert_unknown(client, larger["id"])
 
 

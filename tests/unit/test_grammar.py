@@ -228,6 +228,12 @@ def test_wrong_grammars_are_the_callers_error(compiler, make, value):
     assert caught.value.param == "x"
 
 
+def test_wrong_pattern_is_explained_in_a_line(compiler):
+    for make in (lambda: regex_grammar("(", "x"), lambda: json_schema_grammar({"type": "string", "pattern": "("}, "x")):
+        with pytest.raises(InvalidRequest, match=r"regex parse error: unclosed group$"):
+            compiler.compile(make(), "x")
+
+
 def test_token_that_is_not_allowed_is_an_error(compiler):
     machine = compiler.compile(choice_grammar(["a"], "x"), "x")()
     with pytest.raises(ValueError, match=r"token"):

@@ -13,9 +13,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 from serve.api.schemas.sampling import SamplingFields, Usage
 from serve.api.schemas.structured import StructuredFields
 from serve.api.schemas.tools import ToolChoice, ToolList
-from serve.api.schemas.wire import Objects, UnreadPart, Wire, at_most
-
-MAX_METADATA = 16
+from serve.api.schemas.wire import Metadata, Objects, UnreadPart, Wire
 
 
 class TextPart(Wire):
@@ -68,7 +66,7 @@ class Message(Wire):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"] = Field(
         description="function is refused: deprecated, use tool."
     )
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = Field(
+    content: str | Annotated[list[Part], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="Text, or parts of it; parts that are images, audio or files are refused by name."
     )
     name: str | None = Field(None, description="For templates that read it.")
@@ -78,6 +76,8 @@ class Message(Wire):
     reasoning_content: str | None = Field(None, description="For templates that read earlier thoughts.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
     function_call: dict[str, Any] | None = Field(None, description="Refused: deprecated, use tool_calls.")
+    audio: dict[str, Any] | None = Field(None, description="Refused: an earlier answer in sound.")
+    annotations: list[Any] | None = Field(None, description="Ignored.")
 
 
 class ChatCompletionRequest(SamplingFields, StructuredFields):
@@ -98,6 +98,14 @@ class ChatCompletionRequest(SamplingFields, StructuredFields):
         "web_search_options": (),
         "moderation": (),
         "verbosity": ("medium",),
+    }
+    CALLED: ClassVar[Mapping[str, str]] = {
+        "input": "messages",
+        "instructions": "a message of role system",
+        "max_output_tokens": "max_completion_tokens",
+        "prompt": "messages",
+        "stop_sequences": "stop",
+        "system": "a message of role system",
     }
 
     model: str = Field(description="An id that GET /v1/models lists.")
@@ -134,7 +142,7 @@ class ChatCompletionRequest(SamplingFields, StructuredFields):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     store: bool | None = None
-    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = None
+    metadata: Metadata = None
     service_tier: str | None = None
 
 

@@ -19,6 +19,14 @@ class CompletionRequest(SamplingFields):
     """The request body."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SamplingFields.NEUTRAL, "suffix": ("",)}
+    CALLED: ClassVar[Mapping[str, str]] = {
+        "input": "prompt",
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "messages": "prompt",
+        "stop_sequences": "stop",
+        "top_logprobs": "logprobs",
+    }
 
     model: str = Field(description="An id that GET /v1/models lists.")
     prompt: (

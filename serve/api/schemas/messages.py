@@ -10,9 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from serve.api.schemas.tools import MAX_TURN_TOOLS, TOOL_NAME_PATTERN
 from serve.api.schemas.wire import RequestBody, UnreadPart, Wire
 
-MAX_STOP_SEQUENCES, MAX_TOOLS = 64, 256
+MAX_STOP_SEQUENCES = 64
 
 CacheControl = Annotated[dict[str, Any] | None, Field(description="Ignored: caching needs no hint.")]
 
@@ -34,6 +35,7 @@ class ToolUseBlock(Wire):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     input: dict[str, Any]
     cache_control: CacheControl = None
+    caller: dict[str, Any] | None = Field(default=None, description="Ignored.")
 
 
 class ThinkingBlock(Wire):
@@ -96,7 +98,7 @@ class Tool(Wire):
     """A function that the model may call.  Anthropic's own tools have another ``type`` and are refused by name."""
 
     type: str | None = Field(None, description="Only custom; Anthropic's own tools are refused by name.")
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: Annotated[str, Field(pattern=TOOL_NAME_PATTERN)]
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
@@ -156,7 +158,7 @@ class CountTokensRequest(RequestBody):
     system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = Field(
         None, description="What goes before the conversation."
     )
-    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TURN_TOOLS, fail_fast=True)] = Field(
         None, description="Functions that the model may call."
     )
     tool_choice: ToolChoice | None = Field(None, description="Default: auto.")
@@ -173,6 +175,17 @@ class MessagesRequest(CountTokensRequest):
     """The request body."""
 
     IGNORED: ClassVar[frozenset[str]] = CountTokensRequest.IGNORED | {"inference_geo", "metadata", "service_tier"}
+    GENERATES: ClassVar[bool] = True
+    CALLED: ClassVar[Mapping[str, str]] = {
+        "input": "messages",
+        "instructions": "system",
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "prompt": "messages",
+        "reasoning_effort": "output_config.effort",
+        "response_format": "output_config.format",
+        "stop": "stop_sequences",
+    }
 
     max_tokens: Annotated[int, Field(ge=1, description="At most; or what fits, where that is less.")]
     metadata: Metadata | None = None

@@ -11,9 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from serve.api.schemas.sampling import SamplingFields
-from serve.api.schemas.wire import UnreadPart, Wire, at_most
-
-MAX_METADATA, MAX_TOOLS = 16, 256
+from serve.api.schemas.tools import MAX_TURN_TOOLS
+from serve.api.schemas.wire import Metadata, UnreadPart, Wire
 
 
 class TextPart(Wire):
@@ -156,7 +155,7 @@ class ToolChoice(Wire):
     type: str = Field(description="function or allowed_tools; others are refused by name.")
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[ToolName] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
+    tools: Annotated[list[ToolName] | None, Field(max_length=MAX_TURN_TOOLS, fail_fast=True)] = None
 
 
 class TextFormat(Wire):
@@ -202,17 +201,29 @@ class ResponsesRequest(SamplingFields):
         "prompt": (),
         "truncation": ("disabled",),
     }
+    CALLED: ClassVar[Mapping[str, str]] = {
+        "logprobs": "top_logprobs",
+        "max_completion_tokens": "max_output_tokens",
+        "max_tokens": "max_output_tokens",
+        "messages": "input",
+        "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format",
+        "stop_sequences": "stop",
+        "system": "instructions",
+    }
 
     model: str = Field(description="An id that GET /v1/models lists.")
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)] = Field(
-        description="A user's text, or items; item_reference and those of built-in tools are refused by name."
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)] | None = Field(
+        None,
+        description="A user's text, or items; item_reference and those of built-in tools are refused by name. May be "
+        "left out beside previous_response_id.",
     )
     instructions: str | None = Field(None, description="A system message before everything else.")
     previous_response_id: str | None = Field(None, description="Goes on from a response that is still stored.")
     store: bool | None = Field(None, description="Keep the response for a while. Default: true.")
     max_output_tokens: Annotated[int | None, Field(ge=1, description="Null: all that fits.")] = None
     max_tool_calls: Annotated[int | None, Field(ge=1, description="There are no built-in tools to count.")] = None
-    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
+    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TURN_TOOLS, fail_fast=True)] = Field(
         None, description="Functions that the model may call."
     )
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(None, description="Default: auto.")
@@ -223,7 +234,7 @@ class ResponsesRequest(SamplingFields):
         None, description="message.output_text.logprobs, reasoning.encrypted_content (no effect); no other."
     )
     top_logprobs: Annotated[int | None, Field(ge=0, le=20, description="Of the likeliest tokens.")] = None
-    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = None
+    metadata: Metadata = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in a chat completion.")
     background: bool | None = Field(None, description="Answer at once and go on; ask for the response by its id.")
     conversation: str | dict[str, Any] | None = None

@@ -1,8 +1,8 @@
 """The fields that every route which generates text shares, and the rule for what it does not know.
 
-``IGNORED``, ``NEUTRAL`` and ``REFUSED_EXTRAS`` are the whole of that rule: a field of OpenAI's is done, ignored by
-design, or refused by name unless its value asks for nothing; so is a field of compatible servers that would change the
-answer; any other extra is accepted, and named in a header.
+``IGNORED``, ``NEUTRAL``, ``REFUSED_EXTRAS`` and ``OTHER_ROUTES`` are the whole of that rule: a field of OpenAI's is
+done, ignored by design, or refused by name unless its value asks for nothing; so is a field of compatible servers or of
+another route that would change the answer; any other extra is accepted, and named in a header.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class SamplingFields(RequestBody):
     """How text is generated, and how it is sent."""
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
+    GENERATES: ClassVar[bool] = True
 
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="Keep the likeliest tokens up to this sum.")] = None
@@ -91,6 +92,42 @@ REFUSED_EXTRAS: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Fields of compatible servers that would change the answer, with the values that ask for nothing."""
+
+OTHER_ROUTES: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "input": (),
+    "instructions": ("",),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_output_tokens": (),
+    "max_tokens": (),
+    "messages": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "seed": (),
+    "stop": ([],),
+    "stop_sequences": ([],),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "system": ("", []),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields of one route that generates text, which on another one would change the answer, as above."""
 
 
 class PromptTokensDetails(BaseModel):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from serve.api.schemas.chat import Message
+from serve.api.schemas.tools import ToolList
 from serve.api.schemas.wire import Wire
 
 
@@ -19,6 +20,7 @@ class TokenizeRequest(Wire):
     add_special_tokens: bool | None = Field(
         None, description="Add what begins every text of the model. Default: true for prompt, false for messages."
     )
+    tools: ToolList | None = Field(None, description="Beside messages: as in a chat completion.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in a chat completion.")
     return_token_strs: bool | None = None
 

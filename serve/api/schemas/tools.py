@@ -9,7 +9,11 @@ from pydantic import Field
 from serve.api.schemas.structured import NAME_PATTERN
 from serve.api.schemas.wire import Wire
 
-MAX_TOOLS = 128
+MAX_TOOLS, MAX_TURN_TOOLS = 128, 256
+"""Of a chat completion, and on the wires that become one."""
+
+TOOL_NAME_PATTERN = "^[A-Za-z0-9_-]{1,128}$"
+"""On the wires that become a chat completion: Anthropic allows twice OpenAI's length."""
 
 
 class FunctionDefinition(Wire):
@@ -45,7 +49,7 @@ class AllowedTools(Wire):
     """Some of the request's tools."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TURN_TOOLS)]
 
 
 class AllowedToolsChoice(Wire):
@@ -53,6 +57,18 @@ class AllowedToolsChoice(Wire):
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
+
+
+class TurnFunction(FunctionDefinition):
+    """A function of another wire."""
+
+    name: Annotated[str, Field(pattern=TOOL_NAME_PATTERN)]
+
+
+class TurnTool(Tool):
+    """A tool of another wire."""
+
+    function: TurnFunction  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 ToolList = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]

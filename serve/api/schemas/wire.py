@@ -32,6 +32,10 @@ class RequestBody(Wire):
     """Fields without effect: they do not change what a single model on its own server answers."""
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields that are not implemented, with the values that ask for nothing and are accepted."""
+    GENERATES: ClassVar[bool] = False
+    """Whether tokens are made of it, so that another route's field would have changed them."""
+    CALLED: ClassVar[Mapping[str, str]] = {}
+    """Fields of other routes, with what says the same here."""
 
 
 def at_most(limit: int) -> BeforeValidator:
@@ -44,6 +48,11 @@ def at_most(limit: int) -> BeforeValidator:
 
     return BeforeValidator(check)
 
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None, at_most(16)
+]
+"""What a caller notes down, in OpenAI's bounds."""
 
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 """Lists stop at their first wrong item: a body with a million of them must not cost a million explanations."""
