@@ -154,9 +154,17 @@ def name_of(model: str) -> str:
     return Path(os.path.abspath(folder)).name if folder.exists() else model  # noqa: PTH100
 
 
-def wrong_values(error: ValidationError, settings: type[BaseSettings]) -> ConfigError:
+def wrong_values(error: ValidationError | ValueError | OSError, settings: type[BaseSettings]) -> ConfigError:
     """What is wrong with each variable of a settings class: its name, its value (secrets left out) and the remedy."""
+    if not isinstance(error, ValidationError):  # of the one file that pydantic reads by itself
+        return unreadable(Path(".env"), error)
     return ConfigError("\n".join(_wrong_value(problem, settings) for problem in error.errors()))
+
+
+def unreadable(path: Path, error: ValueError | OSError) -> ConfigError:
+    """What is said of a file of settings that cannot be read."""
+    why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    return ConfigError(f"{path.absolute()} cannot be read: {why}")
 
 
 def _wrong_value(problem: Any, settings: type[BaseSettings]) -> str:

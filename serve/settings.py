@@ -280,7 +280,7 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**overrides)
-    except ValidationError as error:
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise wrong_values(error, Settings) from None
 
 

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner, Result
 
 from trimaran.cli import main
 
 ENVIRONMENT = {
-    "modal": {"SERVE_API_KEYS": "sk-test", "MODAL_TOKEN_ID": "ak-test", "SERVE_MODAL_GPU": "L4"},
+    "modal": {
+        "SERVE_API_KEYS": "sk-test",
+        "MODAL_TOKEN_ID": "ak-test",
+        "MODAL_TOKEN_SECRET": "as-test",
+        "SERVE_MODAL_GPU": "L4",
+    },
     "runpod": {},
     "render": {"RENDER_API_KEY": "rnd-test"},
 }
 IMAGE = "docker.io/me/trimaran@sha256:" + "0" * 64
 INDEX = "https://download.pytorch.org/whl/"
+
+
+def save_good(folder: Path, demo_model: Path) -> Path:
+    """A small complete model: a tiny Llama with a real tokenizer and chat template."""
+    from tiny import tiny_llama
+
+    tiny_llama(folder)
+    change(folder, dtype="bfloat16")
+    for path in demo_model.iterdir():
+        if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+def change(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def doctor(*arguments: str, platform: str | None = None, **environment: str) -> Result:

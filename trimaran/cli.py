@@ -5,13 +5,19 @@ Composition root of the kit.  Each command imports what it needs when it runs, s
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from typing import NoReturn
 
 import click
 
-from serve.errors import ServeError
+from serve.errors import ConfigError, ServeError
 from trimaran.config.command import config
 from trimaran.config.init import init
 from trimaran.deploy.commands import deploy
@@ -24,16 +30,53 @@ from trimaran.trace.command import trace
 from trimaran.usage import usage
 from trimaran.verify.command import verify
 
+MENDING = ("init", "doctor")
+"""Commands that a broken file must not keep from replacing it, or from saying what is wrong with it."""
+
+
+USUAL_EXITS = (
+    "Exit status: 0 done; 1 it failed; 2 wrong usage, setting or credential, with the remedy; 3 the model cannot be"
+    " loaded."
+)
+
 
 class _Commands(click.Group):
     """A group that turns our own errors into a message and an exit status."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _nobody_asked_under_ci():
+                return super().invoke(ctx)
         except ServeError as error:
             click.echo(f"trimaran: {error.message}", err=True)
             ctx.exit(getattr(error, "exit_status", 1))
+        except UnicodeDecodeError as error:
+            click.echo(f"trimaran: a file that should be text is not UTF-8: {error}", err=True)
+            ctx.exit(ConfigError.exit_status)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has ended; click knows what to do
+                raise
+            click.echo(f"trimaran: {error}", err=True)
+            ctx.exit(1)
+
+
+@contextmanager
+def _nobody_asked_under_ci() -> Generator[None]:
+    """Where ``CI`` is set a question is an error: it would be waited for until the job is ended."""
+    if os.environ.get("CI", "").lower() in {"", "0", "false"}:
+        yield
+        return
+
+    def refuse(prompt: str = "") -> NoReturn:
+        del prompt
+        raise ConfigError("nobody is there to answer (CI is set): give --yes")
+
+    before = click.termui.visible_prompt_func, click.termui.hidden_prompt_func
+    click.termui.visible_prompt_func = click.termui.hidden_prompt_func = refuse
+    try:
+        yield
+    finally:
+        click.termui.visible_prompt_func, click.termui.hidden_prompt_func = before
 
 
 def _version() -> str:
@@ -54,7 +97,7 @@ def main(context: click.Context) -> None:
     """
     from serve.setting_file import FILE  # noqa: PLC0415
 
-    if FILE.exists():
+    if FILE.exists() and context.invoked_subcommand not in MENDING:
         from trimaran.config.defaults import defaults  # noqa: PLC0415
 
         context.default_map = defaults()
@@ -100,19 +143,9 @@ def _names_model(options: tuple[str, ...]) -> bool:
     """Whether the server gets its model, or an engine that needs none, from elsewhere."""
     if any(option.partition("=")[0] in ("--model", "--engine", "--help", "-h") for option in options):
         return True
-    from pydantic_settings import BaseSettings  # noqa: PLC0415
+    from trimaran.config.defaults import engine_in_force, model_in_force  # noqa: PLC0415
 
-    from serve.setting_file import FileSource  # noqa: PLC0415
-    from serve.settings import Settings  # noqa: PLC0415
-
-    class Given(BaseSettings):
-        model_config = Settings.model_config  # the same environment and .env file, without the other settings' checks
-        model: str = ""
-        engine: str = "transformers"
-
-    given, file = Given(), FileSource(Settings)()
-    engines = {given.engine, file.get("engine", "transformers")}
-    return bool(given.model or file.get("model")) or engines != {"transformers"}
+    return bool(model_in_force()) or engine_in_force() not in {"", "transformers"}
 
 
 @main.command("demo-model", epilog='Example: SERVE_MODEL="$(trimaran demo-model)" python -m serve')
@@ -142,6 +175,18 @@ main.add_command(usage)
 main.add_command(verify)
 for command in (history, logs, rollback, status, trace):
     main.add_command(command)
+
+
+def _with_exits(group: click.Group) -> None:
+    """Each command's help says what its statuses mean; those without any of their own have the usual ones."""
+    for below in group.commands.values():
+        if not re.search(r"status\W+\d", f"{below.help} {below.epilog}", re.IGNORECASE):
+            below.epilog = f"{below.epilog}\n\n{USUAL_EXITS}"
+        if isinstance(below, click.Group):
+            _with_exits(below)
+
+
+_with_exits(main)
 
 
 if __name__ == "__main__":

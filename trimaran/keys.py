@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,9 @@ _file = click.option(
     envvar="SERVE_API_KEYS_FILE",
     help="The file of keys. Default: SERVE_API_KEYS_FILE.",
 )
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _when(text: str) -> datetime:
@@ -49,7 +54,8 @@ def keys() -> None:
     help="What it may do; may be repeated: inference (the default), admin (/metrics, /usage).",
 )
 @click.option("--expires", type=_when, metavar="WHEN", help="When it ends: 90d, 12h, or a date. Default: never.")
-def new(file: Path | None, name: str, scopes: tuple[str, ...], expires: datetime | None) -> None:
+@_json
+def new(file: Path | None, name: str, scopes: tuple[str, ...], expires: datetime | None, as_json: bool) -> None:
     """Make a key and print it: the only time that it is seen.
 
     Without a file nothing is kept: put the key, or the hash that is printed with it, into SERVE_API_KEYS.
@@ -69,16 +75,21 @@ def new(file: Path | None, name: str, scopes: tuple[str, ...], expires: datetime
         raise click.UsageError("a name, scopes and an expiry need a file to be kept in: --file keys.json")
     else:
         click.echo(f"For SERVE_API_KEYS, the key or this hash: {HASHED}{key.digest.hex()}", err=True)
-    click.echo(secret)
+    click.echo(json.dumps({**_shown(key), "key": secret}) if as_json else secret)
 
 
 @keys.command("list", epilog="Example: trimaran keys list --file keys.json")
 @_file
-def list_keys(file: Path | None) -> None:
+@_json
+def list_keys(file: Path | None, as_json: bool) -> None:
     """Print the keys of a file, without the keys."""
     now = datetime.now(UTC).timestamp()
+    found = read_keys(_given(file))
+    if as_json:
+        click.echo(json.dumps([{**_shown(key), "is_expired": key.is_expired(now)} for key in found], indent=2))
+        return
     lines = [("id", "name", "scopes", "made", "expires")]
-    for key in read_keys(_given(file)):
+    for key in found:
         ends = "never" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
         made = f"{key.created_at:%Y-%m-%d}" if key.created_at else ""
         lines.append((key.id, key.name, ",".join(sorted(key.scopes)), made, ends + " (over)" * key.is_expired(now)))
@@ -90,14 +101,27 @@ def list_keys(file: Path | None) -> None:
 @keys.command(epilog="Example: trimaran keys revoke --file keys.json key-1f0c2a9b")
 @_file
 @click.argument("key_ids", metavar="ID...", nargs=-1, required=True)
-def revoke(file: Path | None, key_ids: tuple[str, ...]) -> None:
+@_json
+def revoke(file: Path | None, key_ids: tuple[str, ...], as_json: bool) -> None:
     """Take keys out of a file, by the ids that `trimaran keys list` prints."""
     path = _given(file)
     known = read_keys(path)
     if unknown := sorted(set(key_ids) - {key.id for key in known}):
         raise ServeError(f"there is no key {unknown[0]} in {path}; trimaran keys list --file {path} prints them")
     write_keys(path, [key for key in known if key.id not in key_ids])
-    click.echo(f"{', '.join(key_ids)}: servers refuse it within seconds")
+    said = f"{', '.join(key_ids)}: servers refuse it within seconds"
+    click.echo(json.dumps({"revoked": list(key_ids)}) if as_json else said)
+
+
+def _shown(key: ApiKey) -> dict[str, Any]:
+    """All of it but the key and its hash."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": sorted(key.scopes),
+        "created_at": key.created_at.isoformat() if key.created_at else None,
+        "expires_at": key.expires_at.isoformat() if key.expires_at else None,
+    }
 
 
 def _given(file: Path | None) -> Path:

@@ -11,6 +11,7 @@ import click
 
 from serve.errors import ServeError
 from serve.records.reading import COUNTS, MAX_DAYS, Sums, first_day, read_sums
+from trimaran.progress import waiting
 
 BAR = 40
 """Characters of the longest bar of the chart."""
@@ -40,11 +41,12 @@ def usage(url: str | None, key: str | None, days: int, by: str, as_json: bool) -
     if not url:
         raise click.UsageError("name the database: --url sqlite:///usage.db, or set SERVE_RECORDS_URL")
     since, groups = first_day(days), [(COLUMNS[by],), ("caller", "day")]
-    if url.startswith(("http://", "https://")):
-        found = fetch(url, key, days)
-        table, chart = (merged(found, columns) for columns in groups)
-    else:
-        table, chart = read_sums(url, since, groups)
+    with waiting("Reading"):
+        if url.startswith(("http://", "https://")):
+            found = fetch(url, key, days)
+            table, chart = (merged(found, columns) for columns in groups)
+        else:
+            table, chart = read_sums(url, since, groups)
     if as_json:
         for sums in chart:
             click.echo(json.dumps(sums, default=str))

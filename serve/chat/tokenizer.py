@@ -213,14 +213,26 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The model's templates by name; ``default`` and ``tool_use`` are the usual names."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        templates = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", template)}
-    else:
-        templates = {"default": cast("str", template)} if template is not None else {}
+    template: Any = config.get("chat_template")
+    listed = cast("list[Any]", template) if isinstance(template, list) else []
+    try:
+        templates = {str(entry["name"]): entry["template"] for entry in listed}
+    except (LookupError, TypeError):
+        raise ModelLoadError("chat_template in tokenizer_config.json is no list of names and templates") from None
+    if template is not None and not isinstance(template, list):
+        templates = {"default": template}
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise ModelLoadError("chat_template in tokenizer_config.json is not a text")
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    return templates | {name: _read_template(path) for name, path in files.items() if path.is_file()}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"the chat template {path} cannot be read: {error}") from None
 
 
 def _control_tokens(rust: Any) -> ControlTokens:

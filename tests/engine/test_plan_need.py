@@ -20,12 +20,15 @@ from tiny import load, tiny_llama
 
 from serve.cards import CARDS
 from serve.engine.alone import CACHE_NAMES, num_bytes_below
-from serve.errors import ConfigError, ModelLoadError
+from serve.errors import ConfigError
 from trimaran.cli import main
 from trimaran.plan.dry_run import DryRun, dry_run
 from trimaran.plan.need import EXACT, FORMULA, examine
 
 CONTEXT = 40
+SHORT = ("--prompt", "100", "--out", "50")
+"""What a tiny model has room for."""
+
 CHOSEN = [
     "Llama (grouped-query attention)", "Llama4 (chunked attention, experts)", "Qwen3Moe (experts)",
     "Mistral (sliding window)", "Gemma3 (sliding window and RoPE by layer)",
@@ -150,7 +153,7 @@ def test_hub_is_asked_for_headers_only(tmp_path):
     with serving_hub() as hub:  # the client reads its address at import: a process of its own
         hub.publish("me/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.port}", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-m", "trimaran.cli", "plan", "me/tiny", "--json"]
+        command = [sys.executable, "-m", "trimaran.cli", "plan", "me/tiny", "--json", *SHORT]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     local = examine(str(folder), None, None)
@@ -159,36 +162,6 @@ def test_hub_is_asked_for_headers_only(tmp_path):
     assert found["method"] == EXACT
     assert not list(cache.rglob("*.safetensors"))
     assert "bytes=0-262143" in hub.ranges
-
-
-def test_gguf_is_planned_by_its_header(tmp_path):
-    import gguf
-    import numpy as np
-
-    path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(3)
-    writer.add_embedding_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_context_length(256)
-    writer.add_token_list([f"t{number}" for number in range(300)])
-    tensors = {"a": np.zeros((32, 64), dtype=np.float16), "b": np.zeros((8, 64), dtype=np.float32)}
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    need = examine(str(path), None, None)
-    assert need.num_parameters == 40 * 64
-    assert need.weight_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert need.kv_bytes_per_token == 2 * 3 * 2 * 16 * 2
-    assert (need.context, need.vocab_size) == (256, 300)
-    assert "serves no GGUF" in need.notes[0]
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelLoadError, match="cut short"):
-        examine(str(path), None, None)
 
 
 def run(*arguments: str) -> Any:
@@ -212,6 +185,7 @@ def test_plan_sorts_all_platforms_by_cost(tmp_path, monkeypatch):
         "40",
         "--chart",
         str(chart),
+        *SHORT,
     )
     assert done.exit_code == 0, done.output
     shown = json.loads(done.stdout)
@@ -228,7 +202,7 @@ def test_plan_sorts_all_platforms_by_cost(tmp_path, monkeypatch):
 
 def test_plan_of_what_fits_nowhere_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = run(str(tiny_llama(tmp_path / "model")), "--platform", "render", "--concurrency", "100000000")
+    done = run(str(tiny_llama(tmp_path / "model")), "--platform", "render", "--concurrency", "100000000", *SHORT)
     assert done.exit_code == 1
     assert "fits on no machine" in done.stdout
     assert "render standard: needs" in done.stdout
@@ -241,7 +215,42 @@ def test_plan_refuses_what_is_no_load(load):
     assert "60/h" in done.stderr
 
 
+def test_request_that_is_longer_than_the_context_is_refused(tmp_path):
+    done = run(str(tiny_llama(tmp_path / "model")), "--prompt", "200", "--out", "100")
+    assert done.exit_code == 2
+    assert "200 + 100 tokens does not fit into a context of 256" in done.stderr
+
+
+def test_model_of_the_settings_is_planned_as_the_server_would_take_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiny_llama(tmp_path / "model")
+    Path(".env").write_text("SERVE_MODEL=./model\nSERVE_MAX_MODEL_LEN=200\nSERVE_DTYPE=float32\n")
+    done = run("--json", *SHORT)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["model"]
+    assert (found["model"], found["context"], found["value_bytes"]) == ("./model", 200, 4)
+    assert found["weight_bytes"] == found["stored_bytes"] + 2 * 8 * 4  # and RoPE's frequencies, twice
+    assert "not UTF-8" in broken_dotenv().stderr
+
+
+def broken_dotenv() -> Any:
+    Path(".env").write_bytes(b"SERVE_MODEL=\xff\n")
+    return run()
+
+
+@pytest.mark.parametrize("changes", [{"text_config": "odd"}, {"num_attention_heads": -4}, {"vocab_size": "many"}])
+def test_configuration_that_no_model_has_is_planned_by_what_is_left(changes, tmp_path):
+    folder = tiny_llama(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    need = examine(str(folder), None, None)
+    assert need.method == FORMULA
+    assert need.kv_bytes_per_token >= 0
+    assert "cannot be built from its config.json" in need.notes[0]
+
+
 def test_chart_of_another_kind_is_refused(tmp_path):
-    done = run(str(tiny_llama(tmp_path / "model")), "--chart", str(tmp_path / "a.pdf"))
+    done = run(str(tiny_llama(tmp_path / "model")), "--chart", str(tmp_path / "a.pdf"), *SHORT)
     assert done.exit_code == 2
     assert ".svg or .png" in done.stderr

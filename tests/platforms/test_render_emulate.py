@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from checkpoints import model_files, write
 from containers import free_port
 
 from serve.engine import cgroup
 from trimaran.emulate.render import session as sessions
+from trimaran.emulate.render.command import of_settings
 from trimaran.emulate.render.instance import Instance
 from trimaran.emulate.render.rules import Verdict
 from trimaran.emulate.render.scene import Scene, read_scene
@@ -51,6 +55,40 @@ def test_committed_blueprint_keeps_every_rule() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 10
     assert all(line.startswith("kept ") for line in lines), done.stdout
+
+
+def emulate(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "trimaran.cli", "emulate", "render", *arguments, "--port", str(free_port()))
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_without_a_blueprint_the_file_of_settings_decides(tmp_path: Path) -> None:
+    nothing = emulate(folder=tmp_path)
+    assert nothing.returncode == 2
+    assert "trimaran init MODEL" in nothing.stderr
+    (tmp_path / "trimaran.toml").write_text(
+        '[model]\nengine = "echo"\n[serve]\nmax_queue = 3\n[render]\nname = "chat"\nplan = "pro_plus"\n'
+        'image = "docker.io/me/trimaran:1"\n'
+    )
+    done = emulate("--json", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules = {rule["rule"]: (rule["verdict"], rule["detail"]) for rule in json.loads(done.stdout)}
+    assert {verdict for verdict, _ in rules.values()} == {"kept"}
+    assert "stays within 8192 MB" in rules
+    assert rules["Blueprint"][1].startswith("what trimaran deploy render would create")
+
+
+def test_blueprint_of_the_settings_is_the_deploys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "model", model_files())
+    (tmp_path / "trimaran.toml").write_text('[model]\nmodel = "./model"\n[serve]\nmax_queue = 3\n')
+    text, _, changes = of_settings()
+    assert changes == {"SERVE_MODEL": str(tmp_path / "model")}
+    service = yaml.safe_load(text)["services"][0]
+    assert service["plan"] == "standard", "the smallest that holds the folder's weights"
+    assert {"key": "SERVE_MAX_QUEUE", "value": "3"} in service["envVars"]
+    given = read_scene(text, name=None, plan=None, port=10000, changes=changes)
+    assert given.variables["SERVE_MODEL"] == str(tmp_path / "model")
 
 
 def test_stream_that_outlives_the_drain_breaks_the_rule(slow: None, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRunpodApi]:
 
 
 def run(*arguments: str, succeeds: bool = True, answer: str | None = None) -> Result:
-    done = CliRunner().invoke(main, ["deploy", "runpod", *arguments], input=answer)
+    done = CliRunner(env={"CI": ""}).invoke(main, ["deploy", "runpod", *arguments], input=answer)
     assert (done.exit_code == 0) is succeeds, (done.output, done.exception)
     assert KEY not in done.output
     return done

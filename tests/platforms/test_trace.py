@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
+from runpod_local import LocalRunpod, local_runpod
 
 from trimaran.cli import main
-from trimaran.trace.waterfall import make_trace, text
+from trimaran.trace.picture import COLOURS, picture
+from trimaran.trace.waterfall import LABELS, make_trace, text
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, status: int = 0) -> Result:
@@ -45,6 +51,57 @@ def test_what_was_done_before_a_snapshot_is_not_in_the_sum():
     assert "Before its memory snapshot, once: 10.00 s" in text(made)
     assert "It ran already" in text(made)
     assert "It ran already" not in text(made, is_local=True)
+
+
+def test_move_to_the_device_is_a_bar_of_its_own_where_it_is_timed():
+    """After a snapshot the weights lie in main memory: what is timed then is their way to the GPU."""
+    phases = {"prepare_weights": 9.0, "process_start": 0.0, "weights": 0.4, "cuda_graphs": 2.0, "total": 2.4}
+    weights = {"source": "cache", "bytes": 4 * 10**8}
+    version = {"model": "m", "engine": "transformers", "phases": phases, "weights": weights}
+    made = make_trace(version, None, 0.1)
+    assert made.phases()["to_device"] == 0.4
+    assert "weights" not in made.phases()
+    assert "weights: move to device" in text(made)
+    assert "cache, 0.40 GB, 1.00 GB/s, from memory" in text(made)
+    drawn = picture("title", [("Seen", "", made.phases())])
+    assert "to_device: 0.40 s" in drawn
+    assert "cuda_graphs: 2.00 s" in drawn
+
+
+def test_table_says_when_weights_went_straight_to_the_device():
+    weights = {"source": "local", "bytes": 4 * 10**8}
+    version = {"model": "m", "engine": "transformers", "phases": {"weights": 0.4, "total": 0.4}, "weights": weights}
+    assert "1.00 GB/s, straight to the device" in text(make_trace(version, None, 0.1))
+    on_cpu = {**version, "phases": {"weights": 0.4, "pack": 0.1, "total": 0.5}}
+    assert "device" not in text(make_trace(on_cpu, None, 0.1))
+
+
+def test_every_phase_that_the_server_times_has_a_label_and_a_colour():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "serve").rglob("*.py")]
+    timed = {name for source in sources for name in re.findall(r"phase\(\"(\w+)\"\)", source)}
+    assert {"weights", "cuda_graphs", "embedding_model"} <= timed
+    assert timed <= COLOURS.keys()
+    assert timed <= LABELS.keys()
+    assert COLOURS.keys() == LABELS.keys()
+
+
+def test_worker_behind_runpods_queue_is_traced(runpod: LocalRunpod, monkeypatch):
+    monkeypatch.setenv("RUNPOD_API_KEY", runpod.plane.key)
+    monkeypatch.setenv("SERVE_API_KEYS", "sk-not-runpods")
+    for address in (runpod.base, runpod.base + "/openai/v1"):
+        made = json.loads(run(address, "--json").stdout)
+        assert made["engine"] == "echo"
+        assert {"process_start", "first_token"} <= {span["name"] for span in made["spans"]}
+    assert "RunPod answers 401: give --key" in run(runpod.base, "--key", "wrong", status=2).stderr
+    assert "is the endpoint's id right" in run(runpod.url + "/v2/other", status=2).stderr
+
+
+def test_queue_without_a_worker_is_given_up(monkeypatch):
+    with local_runpod() as empty:
+        monkeypatch.setenv("RUNPOD_API_KEY", empty.plane.key)
+        done = run(empty.base, "--wait", "1", status=1)
+        assert "no worker answered in 1 s" in done.stderr
+        assert [job.status.value for job in empty.plane.board.jobs.values()] == ["CANCELLED"]
 
 
 def test_local_trace_of_real_weights_agrees_with_the_files(demo_model, tmp_path):

@@ -1,9 +1,12 @@
+import inspect
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -11,6 +14,7 @@ from serve.errors import ConfigError, ModelLoadError, ServeError
 from trimaran import demo_model
 from trimaran.cli import main
 from trimaran.cli_reference import commands
+from trimaran.doctor.model import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,13 +49,19 @@ def test_cli_help_is_quick(arguments: list[str]) -> None:
 
 
 COMMANDS = dict(commands(main, "trimaran"))
-DATA = [
-    "plan", "doctor", "config", "usage", "demo-model", "deploy render check", "deploy render status",
-    "deploy render logs", "deploy runpod status", "deploy runpod logs", "history", "status", "logs", "trace",
-    "verify", "rollback", "deploy modal", "deploy render", "deploy runpod", "deploy render rollback",
-    "deploy render delete", "deploy runpod rollback", "deploy runpod delete",
-]  # fmt: skip
-"""Commands that print data."""
+LEAVES = {path: command for path, command in COMMANDS.items() if not isinstance(command, click.Group)}
+LEAVES |= {path: COMMANDS[path] for path in ("trimaran deploy render", "trimaran deploy runpod")}
+SERVING = frozenset({"trimaran run", "trimaran emulate modal", "trimaran emulate runpod"})
+"""Commands that serve until Ctrl-C; their lines are a log."""
+
+QUICK = frozenset({"trimaran config", "trimaran history", *(path for path in LEAVES if " keys " in path)})
+"""Commands that read and write small files here, which takes no second."""
+
+TELLING = SERVING | {
+    "trimaran demo-model", "trimaran emulate render", "trimaran verify", "trimaran deploy render check",
+    *(path for path in LEAVES if " deploy " in path),
+}  # fmt: skip
+"""Commands that say each step as they take it."""
 
 
 @pytest.mark.parametrize("path", [path for path in COMMANDS if path != "trimaran"])
@@ -63,10 +73,41 @@ def test_cli_command_help_has_an_example(path: str) -> None:
     assert path.split()[-1] in example
 
 
-@pytest.mark.parametrize("path", DATA)
-def test_cli_command_with_data_prints_json_on_request(path: str) -> None:
-    options = [option for parameter in COMMANDS[f"trimaran {path}"].params for option in parameter.opts]
-    assert "--json" in options
+@pytest.mark.parametrize("path", sorted(LEAVES.keys() - SERVING))
+def test_cli_command_prints_json_on_request(path: str) -> None:
+    assert "--json" in [option for parameter in LEAVES[path].params for option in parameter.opts]
+
+
+@pytest.mark.parametrize("path", sorted(LEAVES))
+def test_cli_command_help_says_what_its_statuses_mean(path: str) -> None:
+    said = CliRunner().invoke(main, [*path.split()[1:], "--help"]).stdout
+    assert re.search(r"status\W+\d", said, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", sorted(LEAVES.keys() - QUICK - TELLING))
+def test_cli_command_that_may_take_a_second_tells_what_it_waits_for(path: str) -> None:
+    callback = LEAVES[path].callback
+    assert callback is not None
+    assert "with waiting(" in Path(inspect.getfile(inspect.unwrap(callback))).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_cli_asks_nothing_under_ci(value: str) -> None:
+    @click.command()
+    def asking() -> None:
+        click.confirm("Really?", abort=True)
+
+    main.add_command(asking)
+    try:
+        done = CliRunner(env={"CI": value}).invoke(main, ["asking"], input="y\n")
+        assert (done.exit_code, "--yes" in done.stderr) == (2, True)
+        assert CliRunner(env={"CI": ""}).invoke(main, ["asking"], input="y\n").exit_code == 0
+    finally:
+        del main.commands["asking"]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "trimaran").rglob("*.py")]
+    assert not [text for text in sources if re.search(r"\binput\(|getpass|sys\.stdin", text)], (
+        "click's own can be refused"
+    )
 
 
 def test_cli_version_is_the_projects() -> None:
@@ -128,3 +169,11 @@ def test_cli_shows_our_errors_without_a_traceback(
 def test_demo_model_prints_only_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "prepare", lambda: Path("/cache/demo"))
     assert CliRunner().invoke(main, ["demo-model"]).stdout == "/cache/demo\n"
+
+
+def test_guide_of_doctor_names_every_finding() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trimaran/doctor").glob("*.py"))
+    made = set(re.findall(r"Finding\(\s*\"([a-z0-9-]+)\"", sources)) | {name for _, name, _ in KINDS}
+    guide = set(re.findall(r"`([a-z0-9-]+)`", (ROOT / "docs/guides/doctor.md").read_text(encoding="utf-8")))
+    assert "gated-model" in made
+    assert made <= guide

@@ -116,6 +116,70 @@ def test_config_shows_every_origin_and_no_secret():
     assert {f"SERVE_{name.upper()}" for name in Settings.model_fields} <= set(shown)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://me:hid@den@example.org/x", "https://me:hidden/a@example.org", "https://example.org/v1?api_key=hidden",
+        "https://example.org/?a=1&access_token=hidden&b=2", "hf_hiddenhiddenhidden", "sk-hiddenhiddenhidden",
+    ],
+)  # fmt: skip
+def test_config_masks_a_secret_wherever_it_stands(value):
+    render = f'[render]\nenv = ["A=b", "MY_TOKEN=hidden", "X={value}"]\n'
+    FILE.write_text(f'[model]\nengine = "echo"\n{render}[runpod]\nregistry = "{value}"\n')
+    done = run("config", "--all", "--origin", "--traces-url", value, SERVE_REMOTE_URL=value, SERVE_MODAL_LABEL=value)
+    assert done.exit_code == 0, done.output
+    assert "hid" not in done.output
+    assert "A=b" in done.output
+
+
+def test_config_refuses_a_wrong_option_of_a_platform():
+    FILE.write_text('[model]\nengine = "echo"\n[runpod]\nidel = 20\n')
+    done = run("config", "--origin")
+    assert done.exit_code == 2
+    assert "[runpod] idel is no option; did you mean idle?" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["config"], ["plan"], ["run"], ["emulate", "render"], ["doctor"]])
+def test_dotenv_that_is_no_text_is_told(command):
+    Path(".env").write_bytes(b"SERVE_MODEL=\xff\n")
+    done = run(*command)
+    assert done.exit_code in (1, 2)
+    assert ".env cannot be read: it is not UTF-8" in done.output
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_settings()
+
+
+def test_file_that_cannot_be_read_is_replaced_by_init():
+    FILE.write_bytes(b"[serve\xff")
+    assert run("plan", "x").exit_code == 2
+    assert run("init", "me/tiny", "--no-plan", "--force").exit_code == 0
+    assert load_settings().model == "me/tiny"
+
+
+@pytest.mark.parametrize("name", ['a "quoted" one', "mit Ümlaut 🐳", "tab\tand\x7fdel", "back\\slash", "#no comment"])
+def test_init_writes_any_folders_name(name, tmp_path):
+    write(tmp_path / name, model_files())
+    done = run("init", str(tmp_path / name), "--no-plan", "--json")
+    assert done.exit_code == 0, done.output
+    assert tomllib.loads(FILE.read_text(encoding="utf-8"))["model"]["model"] == str(tmp_path / name)
+    assert json.loads(done.stdout)["model"] == {"model": str(tmp_path / name)}
+    assert load_settings().model == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a b c", "", "https://huggingface.co/a/b", "a/b/c/d:e"])
+def test_init_refuses_what_is_no_model(name):
+    done = run("init", name)
+    assert done.exit_code in (2, 3)
+    assert not FILE.exists()
+
+
+def test_init_that_cannot_write_says_so():
+    FILE.mkdir()
+    done = run("init", "me/tiny", "--no-plan", "--force")
+    assert done.exit_code == 2
+    assert "cannot be written" in done.stderr
+
+
 def test_config_says_what_the_server_would_refuse():
     done = run("config")
     assert done.exit_code == 2

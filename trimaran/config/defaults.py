@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from serve.setting_file import FileSource, as_variables, platform_section, read_sections
+from serve.errors import ConfigError
+from serve.setting_file import FILE, FileSource, as_variable, as_variables, platform_section, read_sections
+from serve.setting_values import unreadable
 from serve.settings import PREFIX, Settings
 from trimaran.config.schema import file_options
 
@@ -38,15 +40,39 @@ def platform_options(platform: str, command: click.Command) -> Json:
     """
     options = file_options(command)
     given = platform_section(platform, options)
-    return {str(options[key].name): _as_given(options[key], value) for key, value in given.items()}
+    return {str(options[key].name): _processed(platform, command, options[key], given[key]) for key in given}
 
 
-def _as_given(option: click.Option, value: Any) -> Any:
-    return [value] if option.multiple and isinstance(value, str | int | float) else value
+def _processed(platform: str, command: click.Command, option: click.Option, value: Any) -> Any:
+    """A value as the option has it that was given on the command line."""
+    is_list = isinstance(value, list)
+    try:
+        if is_list and not option.multiple:
+            raise click.BadParameter("it takes one value, not a list")
+        listed: Any = [value] if option.multiple and not is_list else value
+        return option.process_value(click.Context(command), listed)
+    except click.BadParameter as error:
+        key = str(option.opts[0]).removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{FILE}: [{platform}] {key} = {value!r}: {error.message}") from None
+
+
+def dotenv() -> dict[str, str]:
+    """What ``.env`` says.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from dotenv import dotenv_values  # noqa: PLC0415
+
+    path = Path(".env")
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value}
+    except (UnicodeDecodeError, OSError) as error:
+        raise unreadable(path, error) from None
 
 
 def emulated_variables() -> dict[str, str]:
-    """The file's settings and Modal's section as variables, for a deploy that runs in another folder.
+    """The files' settings and Modal's section as variables, for a deploy that runs in another folder.
 
     Raises:
         ConfigError: something is wrong in the file.
@@ -54,7 +80,8 @@ def emulated_variables() -> dict[str, str]:
     given = FileSource(Settings)()
     if (folder := Path(str(given.get("model", "")))).is_dir() and given.get("model"):
         given["model"] = str(folder.absolute())
-    return as_variables(given, PREFIX) | as_variables(read_sections().get("modal", {}), PREFIX + "MODAL_")
+    file = as_variables(given, PREFIX) | as_variables(read_sections().get("modal", {}), PREFIX + "MODAL_")
+    return file | {name: value for name, value in dotenv().items() if name.startswith(PREFIX)}
 
 
 def deploy_variables() -> dict[str, str]:
@@ -63,11 +90,22 @@ def deploy_variables() -> dict[str, str]:
     return as_variables(given, PREFIX)
 
 
+def in_force(setting: str) -> str:
+    """A setting of the environment, else of ``.env``, else of the file, as text; empty: none of them has it.
+
+    Raises:
+        ConfigError: something is wrong in one of the files.
+    """
+    variable = PREFIX + setting.upper()
+    given = os.environ.get(variable) or dotenv().get(variable)
+    return given or as_variable(FileSource(Settings)().get(setting, ""))
+
+
 def model_in_force() -> str:
-    """The model of the environment, else of the file; empty: neither names one."""
-    return os.environ.get("SERVE_MODEL", "") or str(FileSource(Settings)().get("model", ""))
+    """The model that the server would take; empty: none is named."""
+    return in_force("model")
 
 
 def engine_in_force() -> str:
-    """The engine of the environment, else of the file; empty: neither names one."""
-    return os.environ.get("SERVE_ENGINE", "") or str(FileSource(Settings)().get("engine", ""))
+    """The engine that is named; empty: none is."""
+    return in_force("engine")

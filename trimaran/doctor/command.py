@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.core import ParameterSource
 
 from serve.errors import ConfigError
 from trimaran.doctor.finding import Finding, Findings, Situation
+from trimaran.progress import waiting
 
 PLATFORMS = ("modal", "runpod", "render")
 
@@ -31,6 +33,7 @@ PLATFORMS = ("modal", "runpod", "render")
 @click.option("--shutdown-delay", type=click.IntRange(1, 300), default=120, show_default=True, help="Of Render.")
 @click.option("--blueprint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of Render, checked.")
 @click.option("--torch-index", metavar="URL", help="TORCH_INDEX_URL of the image's build.  Default: the Dockerfile's.")
+@click.option("--extras", metavar="NAMES", help="EXTRAS of the image's build.  Default: the Dockerfile's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, model: str | None, as_json: bool, **options: Any) -> None:
@@ -40,11 +43,16 @@ def doctor(context: click.Context, model: str | None, as_json: bool, **options: 
     Each finding says what, why it hurts, and the command that mends it.  Status 0: nothing found, 1: findings, 2: a
     wrong option.
     """
-    given = _from_file(options["platform"])
-    for name in options:
-        if name in given and context.get_parameter_source(name) is ParameterSource.DEFAULT:
-            options[name] = given[name]
-    found = examine(model, options)
+    try:
+        given = _from_file(options["platform"])
+    except ConfigError as error:
+        found = [_wrong(line) for line in error.message.split("\n")]
+    else:
+        for name in options:
+            if name in given and context.get_parameter_source(name) is ParameterSource.DEFAULT:
+                options[name] = given[name]
+        with waiting("Looking"):
+            found = examine(model, options)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
@@ -62,26 +70,42 @@ def examine(model: str | None, options: dict[str, Any]) -> list[Finding]:
         options: The command's, by the names of :class:`Situation`, with ``shutdown_delay``.
     """
     from serve.settings import EngineName, load_settings  # noqa: PLC0415
-    from trimaran.doctor import hardware, setup, wheels  # noqa: PLC0415
+    from trimaran.doctor import adapter, hardware, setup, wheels  # noqa: PLC0415
     from trimaran.doctor import model as about_model  # noqa: PLC0415
 
     try:
         # Loopback: whether keys are needed is the platform's affair, and checked below.
         settings = load_settings(host="127.0.0.1", **({"model": model} if model else {}))
     except ConfigError as error:
-        why = "The server would end with status 2, in the cloud too."
-        return [Finding("wrong-setting", line, why, "set it as the message says") for line in error.message.split("\n")]
+        return [_wrong(line) for line in error.message.split("\n")]
     situation = Situation(
         settings=settings,
         environ=_environ(options["platform"]),
         shutdown_delay_s=options["shutdown_delay"],
         **{name: value for name, value in options.items() if name not in {"shutdown_delay", "gpus"}},
     )
-    situation.gpus = options["gpus"] or _modal_gpus(situation)
+    given = (name.strip() for text in options["gpus"] for name in text.split(","))
+    situation.gpus = tuple(filter(None, given)) or _modal_gpus(situation)
     is_elsewhere = options["platform"] in {"runpod", "render"} and _is_in_image(settings.model)
     serves = settings.engine is EngineName.TRANSFORMERS and not is_elsewhere
     checks = (*about_model.CHECKS, *hardware.OF_MODELS) if serves else ()
-    return list(dict.fromkeys(_all((*checks, *hardware.ALWAYS, *wheels.CHECKS, *setup.CHECKS), situation)))
+    return list(
+        dict.fromkeys(_all((*checks, *hardware.ALWAYS, *wheels.CHECKS, *setup.CHECKS, adapter.knobs), situation))
+    )
+
+
+def _wrong(message: str) -> Finding:
+    what, _, mend = message.partition("; ")
+    variable = re.match(r"SERVE_\w+", what)
+    if near := re.fullmatch(r"did you mean (\S+)\?", mend):
+        mend = f"rename it to {near[1]}"
+    elif " cannot be read" in what:
+        what, mend = message, "correct that file as UTF-8 text; trimaran.toml anew: trimaran init MODEL --force"
+    elif what.startswith("trimaran.toml") and not mend:
+        mend = "correct that line of trimaran.toml"
+    elif variable and not mend:
+        mend = f"export {variable[0]}=... as the message says"
+    return Finding("wrong-setting", what, "The server would end with status 2, in the cloud too.", mend or message)
 
 
 def _is_in_image(model: str) -> bool:
@@ -90,15 +114,14 @@ def _is_in_image(model: str) -> bool:
 
 
 def _from_file(platform: str | None) -> dict[str, Any]:
-    """What the platform's section says, by our options' names."""
-    from trimaran.config.defaults import platform_options  # noqa: PLC0415
-    from trimaran.deploy.render import render  # noqa: PLC0415
-    from trimaran.deploy.runpod import runpod  # noqa: PLC0415
+    """What the platform's section says, by our options' names.
 
-    command = {"runpod": runpod, "render": render}.get(platform or "")
-    if platform is None or command is None:
-        return {}
-    given = platform_options(platform, command)
+    Raises:
+        ConfigError: the file cannot be read, or a section has a key that is no option.
+    """
+    from trimaran.config.defaults import defaults  # noqa: PLC0415
+
+    given: dict[str, Any] = dict(defaults()["deploy"].get(platform, {}))
     if "pools" in given:
         given["gpus"] = tuple(given.pop("pools"))
     return given
@@ -118,5 +141,15 @@ def _modal_gpus(situation: Situation) -> tuple[str, ...]:
 
 
 def _all(checks: Iterable[Callable[[Situation], Findings]], situation: Situation) -> Findings:
+    """What they find.  One that fails, such as over a configuration that no model has, is a finding itself."""
     for check in checks:
-        yield from check(situation)
+        try:
+            yield from check(situation)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            yield Finding(
+                "check-failed",
+                f"the check of {check.__name__.replace('_', ' ')} could not be made ({reason})",
+                "Nobody knows whether this part is right; damaged files look like this, and files edited by hand.",
+                "look at config.json and the files beside it, or download the model again",
+            )

@@ -48,6 +48,7 @@ class Situation:
     shutdown_delay_s: int = 120
     blueprint: Path | None = None
     torch_index: str | None = None
+    extras: str | None = None
     source: ModelSource | None = None
     need: Need | None = None
 

@@ -25,7 +25,15 @@ def names(situation: Situation) -> Findings:
     known: Iterable[str] = {"modal": MODAL, "runpod": POOLS, "render": PLANS}[situation.platform or "modal"]
     asked = [situation.plan or ""] if situation.platform == "render" else situation.gpus
     for name in filter(None, asked):
-        if name not in known and name.replace("_", " ") not in known:
+        card, colon, _ = name.partition(":")
+        if situation.platform == "modal" and colon and card in known:
+            yield Finding(
+                "several-gpus",
+                f"{name} asks for more than one GPU",
+                "The engine uses one GPU, and you would pay for all; the deploy would be refused.",
+                _choose(situation, card),
+            )
+        elif name not in known and name.replace("_", " ") not in known:
             near = difflib.get_close_matches(name.upper(), [other.upper() for other in known], n=1, cutoff=0.3)
             right = next((other for other in known if near and other.upper() == near[0]), next(iter(known)))
             kind = "plan" if situation.platform == "render" else "GPU"
@@ -86,7 +94,8 @@ def memory(situation: Situation) -> Findings:
         return
     settings = situation.settings
     try:
-        need = examine(settings.model, settings.model_revision, settings.max_model_len)
+        dtype = settings.dtype.value
+        need = examine(settings.model, settings.model_revision, settings.max_model_len, dtype=dtype)
     except ServeError:  # found by another check
         return
     situation.need = need

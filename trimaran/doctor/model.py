@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
 from serve import checkpoint, weights
 from serve.errors import HubUnreachable, InvalidRequest, ServeError
 from trimaran.doctor.finding import Finding, Findings, Situation
+from trimaran.plan.dry_run import misfit
 from trimaran.plan.need import stored_in
 
 KINDS = (
@@ -49,8 +55,12 @@ def _of(message: str) -> Finding:
         ("unusable-model", "The server would end with status 3, and the platform would start it again and again."),
     )
     what, _, mend = message.partition(". ")
-    if not mend:
+    if not mend and ";" in message:
+        what, _, mend = message.rpartition("; ")
+    elif not mend:
         what, _, mend = message.partition(": ")
+    if what.endswith("does not exist"):
+        mend = "name a folder that is there, or a Hub id: owner/name"
     return Finding(name, what, why, mend or "name another model")
 
 
@@ -72,6 +82,27 @@ def code(situation: Situation) -> Findings:
         )
 
 
+def shape(situation: Situation) -> Findings:
+    """A configuration that no model can be built from, or that describes another one than the weights."""
+    source = situation.source
+    if source is None:
+        return
+    try:
+        checkpoint.eos_token_ids(source.folder, source.config)
+        checkpoint.default_sampling(source.folder)
+        stored = {} if checkpoint.is_quantized(source.config) else stored_in(source)
+    except ServeError as error:
+        yield _of(error.message)
+        return
+    if why := misfit(source.folder, {name: tensor.shape for name, tensor in stored.items()}):
+        yield Finding(
+            "unusable-model",
+            f"{source.model}: {why}",
+            "The server would end with status 3, and the platform would start it again and again.",
+            "take config.json and weights from the same place: download both again",
+        )
+
+
 def template(situation: Situation) -> Findings:
     """A chat template: none, or one that does what no template may."""
     from serve.chat.template import ChatTemplate  # noqa: PLC0415
@@ -85,11 +116,15 @@ def template(situation: Situation) -> Findings:
         yield Finding("no-tokenizer", error.message, "The server would not start.", "download the model again")
         return
     own = situation.settings.chat_template
-    text = own.read_text(encoding="utf-8") if own is not None and own.is_file() else tokenizer.chat_template
-    if own is not None and not own.is_file():
-        mend = situation.as_variable("chat_template", "FILE")
-        yield Finding("no-chat-template", f"SERVE_CHAT_TEMPLATE={own} is no file", "The server would not start.", mend)
-    elif text is None:
+    try:
+        text = own.read_text(encoding="utf-8") if own is not None else tokenizer.chat_template
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        mend = situation.as_variable("chat_template", "FILE.jinja")
+        what = f"SERVE_CHAT_TEMPLATE={own} cannot be read: {why}"
+        yield Finding("no-chat-template", what, "The server would not start.", mend)
+        return
+    if text is None:
         yield Finding(
             "no-chat-template",
             "the model has no chat template",
@@ -154,4 +189,60 @@ def context(situation: Situation) -> Findings:
         )
 
 
-CHECKS = (files, code, template, adapter, context)
+def packages(situation: Situation) -> Findings:
+    """Packages that an adapter or a quantised checkpoint needs, where the model is to be loaded."""
+    source, platform = situation.source, situation.platform
+    if source is None:
+        return
+    has_gpu = {"runpod": True, "render": False, "modal": bool(situation.gpus)}.get(
+        platform or "", shutil.which("nvidia-smi") is not None
+    )
+    try:
+        wanted = list(checkpoint.quantization_packages(source.config, "cuda" if has_gpu else "cpu"))
+    except ServeError as error:
+        yield _of(error.message)
+        return
+    if platform == "modal":  # the deploy adds them to its image
+        return
+    if source.adapter_source is not None:
+        wanted.append(("peft", "peft"))
+    if platform is None:
+        names = [pip for module, pip in wanted if importlib.util.find_spec(module.partition(".")[0]) is None]
+    else:
+        names = [pip for _, pip in wanted if pip not in _of_image(situation)]
+    if names:
+        where = "here" if platform is None else f"in the image (EXTRAS={_extras(situation)})"
+        yield Finding(
+            "missing-package",
+            f"{source.model} needs {' and '.join(names)}, not installed {where}",
+            "Loading would end with status 3; a platform would start it again and again.",
+            f"pip install {' '.join(names)}" if platform is None else _mended_build(names),
+        )
+
+
+def _extras(situation: Situation) -> str:
+    """Of the image's build: as told, else the Dockerfile's default."""
+    if situation.extras is not None:
+        return situation.extras
+    try:
+        found = re.search(r"^ARG EXTRAS=(.*)$", Path("Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        found = None
+    return found[1].strip() if found else "engine"
+
+
+def _of_image(situation: Situation) -> frozenset[str]:
+    has_peft = "lora" in _extras(situation).split(",")
+    return frozenset({"peft", "accelerate"}) if has_peft else frozenset[str]()  # peft brings accelerate
+
+
+def _mended_build(names: list[str]) -> str:
+    if set(names) <= {"peft", "accelerate"}:
+        return "docker build --build-arg EXTRAS=engine,lora ..., and then tell it: --extras engine,lora"
+    return (
+        "build an image upon ours (FROM it, USER root, RUN pip install " + " ".join(names) + "), or take the checkpoint"
+        " that this one was quantised from"
+    )
+
+
+CHECKS = (files, code, shape, template, adapter, packages, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +18,12 @@ from trimaran.platforms.render.service import DRAIN_MARGIN_S
 from trimaran.platforms.runpod.endpoint import DEFAULTS
 
 KEYS = {"runpod": "RUNPOD_API_KEY", "render": "RENDER_API_KEY"}
-MOVING = re.compile(r"^[a-z-]+$")
-"""A tag without a digit, such as ``latest``, ``main`` or ``cpu``, is moved by its next push."""
+MOVING = re.compile(
+    r"^\D*$|(^|[-_.])(latest|main|master|nightly|dev|edge|stable|head|snapshot)($|[-_.])", re.IGNORECASE
+)
+"""A tag without a digit, such as ``cpu``, or with such a word in it, as ``cu128-latest``, is moved by its next push."""
 
-MODAL_GRACE_S = 3600
+MODAL_GRACE_S, MAX_DELAY_S = 3600, 300
 SLOW_BOOT = 3
 """How many times longer than estimated a boot may take before it must not be given up."""
 
@@ -58,21 +61,20 @@ def modal_knobs() -> dict[str, tuple[str, str]]:
 def keys(situation: Situation) -> Findings:
     """Addresses that anybody could use, and two parties that want the same header."""
     settings, platform = situation.settings, situation.platform
-    has_keys = bool(settings.api_keys)
     stored = situation.environ.get("SERVE_MODAL_SECRET")
-    if platform == "modal" and not (has_keys or settings.allow_anonymous or stored):
+    if platform == "modal" and not (settings.knows_callers or settings.allow_anonymous or stored):
         yield Finding(
             "no-keys",
             "SERVE_API_KEYS is not set",
             "The deploy would be refused: anybody could use the address, and you would pay.",
             'export SERVE_API_KEYS="sk-$(openssl rand -hex 24)"',
         )
-    if platform == "runpod" and situation.mode == "http" and has_keys:
+    if platform == "runpod" and situation.mode == "http" and settings.knows_callers:
         yield Finding(
             "authorization-taken",
-            "RunPod's edge takes the Authorization header for its own key, and SERVE_API_KEYS are set",
+            "RunPod's edge takes the Authorization header for its own key, and the server wants keys of its own",
             "Clients that send our key as Authorization: Bearer are refused by RunPod before a worker sees them.",
-            "send RunPod's key as Authorization and ours as X-API-Key, or: unset SERVE_API_KEYS",
+            "send RunPod's key as Authorization and ours as X-API-Key, or: unset SERVE_API_KEYS SERVE_API_KEYS_FILE",
         )
 
 
@@ -81,15 +83,14 @@ def images(situation: Situation) -> Findings:
     image = situation.image
     if image is None or "@sha256:" in image:
         return
-    name, _, tag = image.rpartition("/")[2].partition(":")
-    if not tag or MOVING.match(tag):
+    _, _, tag = image.rpartition("/")[2].partition(":")
+    if not tag or MOVING.search(tag):
         yield Finding(
             "moving-tag",
             f"the image {image} has {'no tag' if not tag else f'the tag {tag!r}, which its next push moves'}",
             "Platforms keep the image that they have: some machines would run the old one, and a rollback the new one.",
             f"name the digest: docker inspect --format '{{{{index .RepoDigests 0}}}}' {image}",
         )
-    del name
 
 
 def times(situation: Situation) -> Findings:
@@ -120,13 +121,15 @@ def _default_drain() -> float:
 
 
 def _drain(drain_s: float, limit: str, situation: Situation) -> Finding:
-    longest = situation.shutdown_delay_s - DRAIN_MARGIN_S if situation.platform == "render" else MODAL_GRACE_S - 5
-    return Finding(
-        "drain-cut",
-        f"SERVE_DRAIN_TIMEOUT_S={drain_s:g}, and {limit}",
-        "Running streams would be cut at every deploy.",
-        situation.as_variable("drain_timeout_s", longest),
-    )
+    wanted = math.ceil(drain_s) + DRAIN_MARGIN_S
+    mend = situation.as_variable("drain_timeout_s", MODAL_GRACE_S - 5)
+    if situation.platform == "render":
+        mend = f"trimaran deploy render --shutdown-delay {wanted} ..."
+        if wanted > MAX_DELAY_S:
+            mend = situation.as_variable("drain_timeout_s", MAX_DELAY_S - DRAIN_MARGIN_S)
+            mend += f" and: trimaran deploy render --shutdown-delay {MAX_DELAY_S} ..."
+    what = f"SERVE_DRAIN_TIMEOUT_S={drain_s:g}, and {limit}"
+    return Finding("drain-cut", what, "Running streams would be cut at every deploy.", mend)
 
 
 def model_place(situation: Situation) -> Findings:
@@ -140,6 +143,38 @@ def model_place(situation: Situation) -> Findings:
             f"{situation.platform.capitalize()} starts an image: it has no such folder, and the server ends with 3.",
             "docker build --build-arg MODEL_ID=owner/name ... (bakes it in), or push it to a private Hub repository",
         )
+    yield from _local_files(situation)
+
+
+def _local_files(situation: Situation) -> Findings:
+    """Settings that name files of this machine.  Modal's deploy brings models and templates along, but no keys."""
+    settings, platform = situation.settings, situation.platform
+    if platform is None:
+        return
+    named = {"api_keys_file": settings.api_keys_file}
+    if platform != "modal":
+        named |= {"chat_template": settings.chat_template}
+        named |= {"embedding_model": Path(settings.embedding_model) if settings.embedding_model else None}
+    for setting, path in named.items():
+        if path is not None and _is_here(path.expanduser()):
+            variable = f"SERVE_{setting.upper()}"
+            yield Finding(
+                "local-file",
+                f"{variable}={path} is on this machine",
+                f"The container at {platform.capitalize()} has no such file, and would not start.",
+                {
+                    "api_keys_file": "export SERVE_API_KEYS=... (the hashes of `trimaran keys new`, by commas)"
+                    " and: unset SERVE_API_KEYS_FILE",
+                    "embedding_model": "push it to a repository of the Hub: export SERVE_EMBEDDING_MODEL=owner/name",
+                }.get(setting, f"put it into the model's repository or the image, or: unset {variable}"),
+            )
+
+
+def _is_here(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # below a folder that may not be entered
+        return True
 
 
 def credentials(situation: Situation) -> Findings:
@@ -149,8 +184,10 @@ def credentials(situation: Situation) -> Findings:
         yield Finding("no-credentials", f"{name} is not set", "The deploy could not start.", f"export {name}=...")
     if platform == "modal":
         config = Path(situation.environ.get("MODAL_CONFIG_PATH") or "~/.modal.toml").expanduser()
-        if not situation.environ.get("MODAL_TOKEN_ID") and not config.is_file():
-            yield Finding("no-credentials", f"{config} does not exist", "The deploy could not start.", "modal setup")
+        given = [bool(situation.environ.get(name)) for name in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET")]
+        if not all(given) and not config.is_file():
+            half = f"of MODAL_TOKEN_ID and MODAL_TOKEN_SECRET only one is set, and {config}" if any(given) else config
+            yield Finding("no-credentials", f"{half} does not exist", "The deploy could not start.", "modal setup")
 
 
 def tools(situation: Situation) -> Findings:
@@ -204,8 +241,15 @@ def blueprint(situation: Situation) -> Findings:
         return
     from trimaran.platforms.render.check import check_blueprint  # noqa: PLC0415
 
-    for found in check_blueprint(situation.blueprint.read_text(encoding="utf-8"), Path()):
-        why = "Render would refuse the file, or the service would not work."
+    why = "Render would refuse the file, or the service would not work."
+    try:
+        text = situation.blueprint.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        mend = "trimaran deploy render --write render.yaml makes one"
+        yield Finding("blueprint", f"{situation.blueprint} cannot be read: {reason}", why, mend)
+        return
+    for found in check_blueprint(text, Path()):
         yield Finding("blueprint", str(found), why, f"trimaran deploy render check {situation.blueprint}")
 
 

@@ -15,6 +15,7 @@ from serve.errors import ModelLoadError
 
 WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size")
 SHORT_TOKENS = 64
+CANNOT_BUILD = "it cannot be built from its config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,16 +55,53 @@ def dry_run(folder: Path, dtype: str, context: int) -> DryRun | str:
 
     if why := _unknown(read_json(folder / "config.json"), transformers.CONFIG_MAPPING):
         return why
+    stage = CANNOT_BUILD
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             model = _build(folder, getattr(torch, dtype))
+            stage = "it does not run without weights"
             return _measure(model, context)
     except ModelLoadError as error:
         return error.message
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"it does not run without weights: {first_line}"
+        return f"{stage}: {_in_short(error)}"
+
+
+def misfit(folder: Path, stored: Mapping[str, tuple[int, ...]]) -> str:
+    """What transformers would say of a configuration that does not go with the weights beside it.
+
+    Args:
+        folder: With ``config.json``.
+        stored: The shapes of the tensors in the files.  Names that the model does not have are passed over: some
+            architectures are stored under others.
+
+    Returns:
+        Why it cannot be built, or which tensor has another shape; empty: nothing is wrong that can be seen from here.
+    """
+    try:
+        import torch  # noqa: PLC0415
+        import transformers  # noqa: PLC0415
+    except ImportError:
+        return ""
+    from serve.weight_files import read_json  # noqa: PLC0415
+
+    if _unknown(read_json(folder / "config.json"), transformers.CONFIG_MAPPING):
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _build(folder, torch.bfloat16)
+    except Exception as error:
+        return f"{CANNOT_BUILD}: {_in_short(error)}"
+    for name, tensor in model.state_dict().items():
+        if name in stored and stored[name] != tuple(tensor.shape):
+            return f"{name} is stored as {stored[name]}, and config.json makes it {tuple(tensor.shape)}"
+    return ""
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _unknown(config: Mapping[str, Any], known: Any) -> str | None:

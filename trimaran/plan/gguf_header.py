@@ -6,6 +6,7 @@ for a plan of the checkpoint that such a file was made from.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +17,46 @@ from serve.errors import ModelLoadError
 MAGIC = b"GGUF"
 FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 TEXT, ARRAY = 8, 9
+INTEGERS = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
+MAX_KEPT = 1024
+"""Of an array of integers: more than any model has layers."""
+
 FIRST_READ, LARGEST_READ = 2**20, 2**28
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata (arrays only by their length), and bytes before the tensors and parameters in them."""
+    """Metadata (of long arrays only how many there are), bytes before the tensors, and parameters in these."""
 
     metadata: dict[str, Any]
     data_start: int
     num_parameters: int
 
     def number(self, key: str) -> int | None:
-        """A value below the architecture's name, such as ``block_count``; of a list, its length counts as none."""
-        value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
-        return int(value) if isinstance(value, int | float) else None
+        """A value below the architecture's name, such as ``block_count``; None for anything but one number."""
+        value = self._value(key)
+        return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    def numbers(self, key: str) -> list[int]:
+        """The same of a list of numbers, one for each layer; empty for anything else."""
+        value = self._value(key)
+        return [int(one) for one in value] if isinstance(value, tuple) else []  # pyright: ignore
+
+    def _value(self, key: str) -> Any:
+        return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the vocabulary; 0 where the file does not say."""
+        found = self.metadata.get("tokenizer.ggml.tokens")
+        return found.count if isinstance(found, LongArray) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class LongArray:
+    """An array of which only the length was kept."""
+
+    count: int
 
 
 class _TooShort(Exception):
@@ -61,11 +87,13 @@ class _Reader:
             return self.number(FORMATS[kind])
         inner, count = self.number("<I"), self.number("<Q")
         if inner in FORMATS:
-            self.take(count * struct.calcsize(FORMATS[inner]))
+            raw = self.take(count * struct.calcsize(FORMATS[inner]))
+            if inner in INTEGERS and count <= MAX_KEPT:
+                return struct.unpack(f"<{count}{FORMATS[inner][1]}", raw)
         else:
             for _ in range(count):
                 self.value(inner)
-        return [None] * count
+        return LongArray(count)
 
 
 def read_gguf(read: Callable[[int], bytes], name: str) -> GgufHeader:
@@ -87,7 +115,7 @@ def read_gguf(read: Callable[[int], bytes], name: str) -> GgufHeader:
             if len(data) < count or count >= LARGEST_READ:
                 raise ModelLoadError(f"{name} is cut short: its header does not end; download it again") from None
             count *= 4
-        except (KeyError, struct.error, MemoryError, OverflowError):
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, struct.error, MemoryError):
             raise ModelLoadError(f"{name} has a GGUF header that cannot be read; download it again") from None
 
 

@@ -74,6 +74,8 @@ class Machine:
 
     def refusal(self, need: Need, concurrency: int) -> str:
         """Why the model does not fit at ``concurrency``; empty: it does."""
+        if self.card is None and need.cpu_refusal:
+            return need.cpu_refusal
         found = self.max_concurrency(need)
         if found >= concurrency:
             return ""
@@ -91,8 +93,15 @@ class Machine:
         if self.card and self.card.capability < BFLOAT16:
             return "no bfloat16: runs in float16"
         if need.weight_bytes_on(self.card) > need.weight_bytes:
-            return "no fp8 here: unpacked to bfloat16"
+            return f"no {need.quantization} here: unpacked to 16 bits"
+        if self.card is None and need.value_bytes == 2:
+            return "should its CPU lack bfloat16, the model runs in float32, in twice the memory"
         return ""
+
+    @property
+    def can_stay_up(self) -> bool:
+        """Whether it can be kept from sleeping, for its price of an hour that is up."""
+        return self.plan is None or not self.plan.is_free
 
     def service_s(self, need: Need, prompt_tokens: int, output_tokens: int) -> float:
         """Seconds of one request, from the bytes that each step reads; an estimate."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serve.engine.runner import ALONE_SLOTS, CPU_SLOTS, CUDA_SLOTS
+from serve.engine.runner import CPU_SLOTS, CUDA_SLOTS
 from trimaran.plan.economics import Cost, Load, Terms, break_even, cost
 from trimaran.plan.machines import Machine, machines
 from trimaran.plan.need import Need
@@ -87,7 +87,7 @@ def make_plan(need: Need, wishes: Wishes, prices: PriceList) -> Plan:
     """Compare all machines of the platforms that were asked for."""
     offers = [_offer(machine, need, wishes, prices) for machine in machines() if machine.platform in wishes.platforms]
     fitting = [offer for offer in offers if offer.fits and offer.terms]
-    cheapest = min(fitting, key=lambda offer: _up(offer), default=None)
+    cheapest = min((offer for offer in fitting if offer.machine.can_stay_up), key=_up, default=None)
     always_on = wishes.always_on if wishes.always_on is not None else _up(cheapest) if cheapest else None
     name = "as given" if wishes.always_on is not None else _name(cheapest) if cheapest else ""
     done = tuple(sorted((_compared(offer, always_on) for offer in offers), key=_order))
@@ -116,7 +116,7 @@ def _offer(machine: Machine, need: Need, wishes: Wishes, prices: PriceList) -> O
             service_s=estimate if wishes.service_s is None else wishes.service_s,
             cold_s=machine.cold_s(need) if wishes.cold_s is None else wishes.cold_s,
             idle_s=idle_s,
-            slots=min(found, _most_slots(machine, need)),
+            slots=min(found, _most_slots(machine, need, wishes.concurrency)),
         )
     return Offer(
         machine=machine,
@@ -129,9 +129,12 @@ def _offer(machine: Machine, need: Need, wishes: Wishes, prices: PriceList) -> O
     )
 
 
-def _most_slots(machine: Machine, need: Need) -> int:
-    """What the engine runs at once when no setting says otherwise."""
-    return ALONE_SLOTS if not need.runs_in_batches else CUDA_SLOTS if machine.card else CPU_SLOTS
+def _most_slots(machine: Machine, need: Need, wanted: int) -> int:
+    """How many requests the engine computes together: as many as it takes by itself, or as ``wanted``.
+
+    A model that does not run in batches computes one after the other, however many are admitted.
+    """
+    return 1 if not need.runs_in_batches else max(wanted, CUDA_SLOTS if machine.card else CPU_SLOTS)
 
 
 def _compared(offer: Offer, always_on: float | None) -> Offer:

@@ -33,7 +33,7 @@ def as_text(plan: Plan, shows_all: bool) -> str:
     need, load = plan.need, plan.wishes.load
     lines = [
         f"model  {need.model}: {_billions(need.num_parameters)} parameters, {_gb(need.weight_bytes)} of weights"
-        + (f" ({need.quantization})" if need.quantization else " in 16 bits"),
+        + (f" ({need.quantization})" if need.quantization else f" in {8 * need.value_bytes} bits"),
         f"cache  {_gb(need.kv_bytes_per_sequence)} for each sequence of {need.context} tokens ({need.method})",
         f"load   {load.per_hour:g} requests an hour, {load.prompt_tokens} + {load.output_tokens} tokens,"
         f" {plan.wishes.concurrency} at once",
@@ -65,8 +65,11 @@ def _explained(plan: Plan) -> list[str]:
             f"even at: requests an hour from which an always-on machine for ${plan.always_on_usd_per_hour:.3g} an hour"
             f" ({plan.always_on_name}) is cheaper."
         )
-    remarks = {f"{offer.machine.platform} {offer.machine.name}: {offer.remark}" for offer in plan.fitting}
-    lines += sorted(remark for remark in remarks if not remark.endswith(": "))
+    named: dict[tuple[str, str], list[str]] = {}
+    for offer in plan.fitting:
+        if offer.remark:
+            named.setdefault((offer.machine.platform, offer.remark), []).append(offer.machine.name)
+    lines += [f"{platform} {', '.join(sorted(names))}: {remark}" for (platform, remark), names in sorted(named.items())]
     days = sorted({offer.price.day for offer in plan.fitting if offer.price})
     if days:
         lines.append(f"prices {_days(days)}; list prices of one GPU, without taxes, disks and traffic")

@@ -92,10 +92,13 @@ def refresh(today: date) -> tuple[PriceList, list[str]]:
     said.append("render: kept the dated prices; Render has no price API")
     kept = {(price.platform, price.name): price for price in (*_refreshed(), *found)}
     rows = [{**asdict(price), "day": price.day.isoformat()} for price in kept.values()]
-    path = _refreshed_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return load_prices(), said
+    try:
+        path = _refreshed_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # no place to write to, or no home
+        said.append(f"the prices are not kept for the next time: {error}")
+    return PriceList([*_shipped(), *kept.values()]), said
 
 
 def _shipped() -> list[Price]:
@@ -119,8 +122,17 @@ def _refreshed_file() -> Path:
 def _refreshed() -> list[Price]:
     try:
         rows: list[dict[str, Any]] = json.loads(_refreshed_file().read_text(encoding="utf-8"))
-        return [Price(day=date.fromisoformat(row.pop("day")), **row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError):  # none yet, or of another version
+        days = [date.fromisoformat(row.pop("day")) for row in rows]
+        usd = [float(row.pop("usd_per_hour")) for row in rows]
+        return [Price(day=day, usd_per_hour=one, **row) for day, one, row in zip(days, usd, rows, strict=True)]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ):  # none yet, or of another version
         return []
 
 
@@ -138,7 +150,7 @@ def _modal(today: date) -> list[Price]:
     try:
         rates: dict[str, str] = json.loads(done.stdout)
         return _modal_prices(rates, today)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise ServeError("`modal billing rates --json` gave another answer than expected") from None
 
 
@@ -175,6 +187,8 @@ def _runpod(today: date) -> list[Price]:
             price: Any = gpu["price"].get("serverless")
             if gpu.get("pool") and isinstance(price, int | float):
                 by_pool[gpu["pool"]] = max(float(price), by_pool.get(gpu["pool"], 0.0))
+    except (LookupError, TypeError, AttributeError):
+        raise ServeError("RunPod's catalogue gave another answer than expected") from None
     finally:
         api.close()
     source = "RunPod's catalogue, GET /v2/catalog/gpus"

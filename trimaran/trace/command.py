@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from serve.errors import ConfigError
 from trimaran.progress import waiting
@@ -34,13 +35,15 @@ def trace(
 ) -> None:
     """Show what a cold start spent its seconds on: container, imports, weights, warm-up, first token.
 
-    A container that sleeps is woken, and the wait for it is the first bar.  With --local the model is a folder or a Hub
-    id (default: SERVE_MODEL, else the demo model).  One request for one token is made.
+    URL is a server, or RunPod's queue: https://api.runpod.ai/v2/ENDPOINT, with RUNPOD_API_KEY as its key.  A container
+    that sleeps is woken, and the wait for it is the first bar.  With --local the model is a folder or a Hub id
+    (default: SERVE_MODEL, else the demo model).  One request for one token is made.
 
     Exit status: 0 done, 1 not ready in time or no token, 2 wrong usage, key or address, 3 the model cannot be loaded.
     """
     from trimaran.trace.observe import local_server, observe, save  # noqa: PLC0415
     from trimaran.trace.picture import picture  # noqa: PLC0415
+    from trimaran.trace.queue import queue_of  # noqa: PLC0415
     from trimaran.trace.waterfall import text  # noqa: PLC0415
     from trimaran.verify.target import nobody_there  # noqa: PLC0415
 
@@ -51,7 +54,7 @@ def trace(
         if not target:
             raise ConfigError("name the server: trimaran trace https://...; or --local [MODEL]")
         check_address(target)
-        sent = {**_key(key), **parse_headers(headers)}
+        sent = {**_key(_runpod_key(key) if queue_of(target) else key), **parse_headers(headers)}
         if not is_told_to_wait() and (why := nobody_there(target)):
             raise ConfigError(why)
         with waiting("Waiting until the server is ready"):
@@ -70,6 +73,12 @@ def _model(target: str | None) -> str | None:
     from trimaran import demo_model  # noqa: PLC0415
 
     return str(demo_model.prepare())
+
+
+def _runpod_key(given: str) -> str:
+    """RunPod's own, unless one was given by the option."""
+    is_given = click.get_current_context().get_parameter_source("key") is ParameterSource.COMMANDLINE
+    return given if is_given else os.environ.get("RUNPOD_API_KEY", "")
 
 
 def _key(keys: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2 as httpx
 
 from serve.errors import ConfigError, ModelLoadError, ServeError
+from trimaran.trace.queue import ask, queue_of
 from trimaran.trace.waterfall import Trace, make_trace
 
 POLL_S = 0.2
@@ -42,9 +43,14 @@ def observe(
         ModelLoadError: the server says that its model cannot be loaded.
         ServeError: it was not ready in ``timeout_s`` seconds, or gave no token.
     """
-    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=dict(headers)) as client:
+    queue = queue_of(url)
+    base = f"{queue}/openai" if queue else url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=base, headers=dict(headers)) as client:
         asked = time.monotonic()
-        version = _ready(client, timeout_s, is_alive)
+        if queue:  # a worker takes jobs once its model is loaded
+            version = _checked(ask(client, queue, "/version", timeout_s), queue)
+        else:
+            version = _ready(client, timeout_s, is_alive)
         age = version.get("uptime_s")
         born = time.monotonic() - age if age is not None else asked
         container = born - asked
@@ -80,10 +86,17 @@ def _ready(client: httpx.Client, timeout_s: float, is_alive: Callable[[], bool])
 
 def _version(response: httpx.Response) -> dict[str, Any]:
     try:
-        version: dict[str, Any] = response.json()
-        _ = version["status"], version["phases"], version["model"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{response.url} is no /version of Trimaran's; give the server's own address") from None
+        said = response.json()
+    except ValueError:
+        said = None
+    return _checked(said, str(response.url))
+
+
+def _checked(version: Any, where: str) -> dict[str, Any]:
+    try:
+        _ = version["status"], version["engine"], version["model"], dict(version["phases"])
+    except (LookupError, TypeError, ValueError):
+        raise ConfigError(f"{where} is no /version of Trimaran's; give the server's own address") from None
     return version
 
 

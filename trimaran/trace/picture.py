@@ -14,10 +14,12 @@ COLOURS = {
     "import_transformers": "#6366f1",
     "embedding_model": "#14b8a6",
     "weights": "#10b981",
+    "to_device": "#059669",
     "pack": "#84cc16",
     "probe": "#a855f7",
     "kv_cache": "#ec4899",
     "warm_up": "#ef4444",
+    "cuda_graphs": "#f97316",
     "first_token": "#b91c1c",
     "other": "#cbd5e1",
 }

@@ -12,6 +12,7 @@ from trimaran.table import table
 BEFORE = "prepare_"
 """The server's prefix for what was done before a memory snapshot."""
 
+WEIGHTS = frozenset({"weights", "to_device"})
 WIDTH = 40
 MIN_OTHER_S = 0.05
 
@@ -23,11 +24,13 @@ LABELS = {
     "import_torch": "imports: torch",
     "import_transformers": "imports: transformers",
     "embedding_model": "embedding model",
-    "weights": "weights: read, move to device",
+    "weights": "weights: read",
+    "to_device": "weights: move to device",
     "pack": "weights: pack for the CPU",
     "probe": "probe",
     "kv_cache": "KV cache",
     "warm_up": "warm-up",
+    "cuda_graphs": "CUDA graphs",
     "other": "between the phases",
     "first_token": "first token",
 }
@@ -56,6 +59,7 @@ class Trace:
     container_s: float | None
     weights: Mapping[str, Any] | None
     before_snapshot_s: float
+    has_gpu: bool = False
 
     @property
     def total_s(self) -> float:
@@ -65,7 +69,7 @@ class Trace:
     @property
     def gb_per_s(self) -> float | None:
         """How fast weights came from where they were into place; None where the server does not say how many bytes."""
-        seconds = next((span.seconds for span in self.spans if span.name == "weights"), 0.0)
+        seconds = next((span.seconds for span in self.spans if span.name in WEIGHTS), 0.0)
         num_bytes = (self.weights or {}).get("bytes") or 0
         return num_bytes / seconds / 1e9 if num_bytes and seconds else None
 
@@ -111,6 +115,8 @@ def make_trace(version: Mapping[str, Any], container_s: float | None, first_toke
     parts = {**({"container": container_s} if container_s is not None else {}), **phases}
     parts |= {"other": other} if other >= MIN_OTHER_S else {}
     parts["first_token"] = first_token_s
+    if before and on_gpu(version):  # they lay in the snapshot's main memory
+        parts = {"to_device" if name == "weights" else name: seconds for name, seconds in parts.items()}
     spans: list[Span] = []
     begins = 0.0
     for name, seconds in parts.items():
@@ -123,7 +129,13 @@ def make_trace(version: Mapping[str, Any], container_s: float | None, first_toke
         container_s=container_s,
         weights=version.get("weights"),
         before_snapshot_s=round(sum(before.values()), 4),
+        has_gpu=on_gpu(version),
     )
+
+
+def on_gpu(version: Mapping[str, Any]) -> bool:
+    """Whether the model went to a GPU: on a CPU its layers are packed, or that is tried."""
+    return version["engine"] == "transformers" and "pack" not in version["phases"]
 
 
 def text(trace: Trace, *, is_local: bool = False) -> str:
@@ -143,9 +155,9 @@ def text(trace: Trace, *, is_local: bool = False) -> str:
 
 def _cells(span: Span, trace: Trace) -> tuple[str, str, str, str]:
     note = ""
-    if span.name == "weights" and trace.weights and (speed := trace.gb_per_s):
+    if span.name in WEIGHTS and trace.weights and (speed := trace.gb_per_s):
         note = f"{trace.weights['source']}, {trace.weights['bytes'] / 1e9:.2f} GB, {speed:.2f} GB/s"
-        note += ", from memory" if trace.before_snapshot_s else ""
+        note += ", from memory" if trace.before_snapshot_s else ", straight to the device" if trace.has_gpu else ""
     return LABELS.get(span.name, span.name), f"{span.begins:.2f}", f"{span.seconds:.2f}", note
 
 

@@ -75,7 +75,7 @@ def read_scene(text: str, *, name: str | None, plan: str | None, port: int, chan
         ConfigError: there is no such service or plan.
     """
     service = _service(text, name)
-    wanted = plan or str(service.get("plan") or "starter")
+    wanted = (plan or str(service.get("plan") or "starter")).replace("_", " ")
     if wanted not in PLANS:
         raise ConfigError(f"Render has no plan {wanted!r}; one of {', '.join(PLANS)}")
     disk = cast("dict[str, Any]", service.get("disk") or {})

@@ -125,7 +125,7 @@ class Group(_Strict):
 class Blueprint(_Strict):
     """The file."""
 
-    services: Annotated[list[Any], Field(min_length=1)]
+    services: Annotated[list[dict[str, Any]], Field(min_length=1)]
     envVarGroups: list[Group] | None = None  # noqa: N815
     previews: Previews | None = None
     databases: list[Any] | None = None
