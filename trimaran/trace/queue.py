@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
 
 import httpx2 as httpx
 
 from serve.errors import ConfigError, ServeError
+from trimaran.verify.target import runpod_queue
 
-QUEUE = re.compile(r"^(https?://.+/v2/[^/]+)(/openai(/v1)?|/runsync|/run)?/?$")
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 POLL_S = 0.2
 
 
 def queue_of(url: str) -> str | None:
     """The address of the endpoint, if ``url`` is one of RunPod's queue: ``https://api.runpod.ai/v2/ENDPOINT``."""
-    found = QUEUE.match(url)
-    return found[1] if found else None
+    found = runpod_queue(url)
+    return found.removesuffix("/openai") if found else None
 
 
 def ask(client: httpx.Client, queue: str, route: str, timeout_s: float) -> Any:
