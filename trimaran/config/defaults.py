@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -45,12 +45,11 @@ def platform_options(platform: str, command: click.Command) -> Json:
 
 def _processed(platform: str, command: click.Command, option: click.Option, value: Any) -> Any:
     """A value as the option has it that was given on the command line."""
-    is_list = isinstance(value, list)
+    values = cast("list[Any]", value) if isinstance(value, list) else [value]
     try:
-        if is_list and not option.multiple:
+        if isinstance(value, list) and not option.multiple:
             raise click.BadParameter("it takes one value, not a list")
-        listed: Any = [value] if option.multiple and not is_list else value
-        return option.process_value(click.Context(command), listed)
+        return option.process_value(click.Context(command), values if option.multiple else values[0])
     except click.BadParameter as error:
         key = str(option.opts[0]).removeprefix("--").replace("-", "_")
         raise ConfigError(f"{FILE}: [{platform}] {key} = {value!r}: {error.message}") from None
