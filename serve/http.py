@@ -71,8 +71,15 @@ class BoundedHttp(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as found:
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
+                # Where the handshake cannot be read (a line beyond websockets' own limits), nobody would ever answer.
+                if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
+                    self.send_400_response("this WebSocket's handshake has too many headers, or too long ones")
             else:
                 self._parse_without_upgrade(data[found.args[0] :])
+
+    def _should_upgrade(self) -> bool:
+        """Only what can be a WebSocket's handshake is handed on as one."""
+        return self.parser.get_method() == b"GET" and super()._should_upgrade()
 
     def _parse_without_upgrade(self, rest: bytes) -> None:
         """Begin the request again without its wish, since the parser has stopped before the body."""

@@ -173,6 +173,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, default=str)
 
 
+_REFUSED_SOCKET = "ASGI callable returned without completing handshake."
+
+
+def _is_no_refused_socket(record: logging.LogRecord) -> bool:
+    """uvicorn calls it an error that a WebSocket was refused, which everyone without a key could have it write."""
+    return record.msg != _REFUSED_SOCKET
+
+
 def configure_logging(log_format: LogFormat, level: str) -> None:
     """Send all logs to stderr.  Only composition roots call this."""
     as_json = log_format is LogFormat.JSON or (log_format is LogFormat.AUTO and not sys.stderr.isatty())
@@ -182,5 +190,6 @@ def configure_logging(log_format: LogFormat, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_refused_socket)
     for name in ("serve", "trimaran"):
         logging.getLogger(name).setLevel(level.upper())

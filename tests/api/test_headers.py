@@ -107,10 +107,10 @@ def test_what_is_around_chunks_is_bounded(address: tuple[str, int], after: bytes
     assert time.monotonic() - began < 5, "it was read to its end"
 
 
-@pytest.mark.parametrize("wish", [b"h2c", b"TLS/1.2", b"other"])
+@pytest.mark.parametrize("wish", [b"h2c", b"TLS/1.2", b"websocket"])
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_upgrade_that_is_not_granted_changes_nothing(address: tuple[str, int], wish: bytes, is_chunked: bool) -> None:
-    """Java's own HTTP client asks for h2c with each request; the body must not be read as another request."""
+    """Java's own HTTP client asks for h2c each time, and no POST becomes a WebSocket: the body stays its body."""
     body = json.dumps(chat("GET /smuggled HTTP/1.1")).encode()
     framing = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % len(body)
     head = (
@@ -123,6 +123,18 @@ def test_upgrade_that_is_not_granted_changes_nothing(address: tuple[str, int], w
         answer = answers(address, *pieces)
         assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2, answer
         assert b'"content":"GET /smuggled HTTP/1.1"' in answer
+
+
+@pytest.mark.parametrize("header", [b"X: " + b"a" * 20_000, b"\r\n".join(b"X-%d: a" % at for at in range(500))])
+def test_handshake_that_websockets_cannot_read_is_refused(address: tuple[str, int], header: bytes) -> None:
+    """It used to be left without an answer and without an end."""
+    wish = (
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MTIzNDU2Nzg5\r\n"
+    )
+    answer = answers(address, b"GET /v1/realtime/chat HTTP/1.1\r\nHost: a\r\n" + wish + header + b"\r\n\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    openai_error(json.loads(answer.partition(b"\r\n\r\n")[2]))
 
 
 def test_connect_is_refused(address: tuple[str, int]) -> None:
