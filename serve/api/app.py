@@ -178,7 +178,8 @@ def _model_routers(app: FastAPI, settings: Settings) -> tuple[APIRouter, ...]:
 
     key = settings.remote_api_key.get_secret_value() if settings.remote_api_key else ""
     app.state.upstream = connect(settings.remote_url, key, settings.remote_timeout_s)
-    app.state.response_owners = ResponseOwners(len(settings.api_keys))
+    has_one_caller = len(settings.api_keys) < 2 and not (settings.api_keys_file or settings.oidc_issuer)
+    app.state.response_owners = ResponseOwners(keeps_apart=not has_one_caller)
     return (remote.router,)
 
 

@@ -231,4 +231,4 @@ def _one_line(body: bytes) -> bytes:
 
 
 def _seconds(value: str | None) -> float:
-    return float(value) if value and value.isdigit() else 0.0
+    return float(value) if value and value.isdecimal() else 0.0

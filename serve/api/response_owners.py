@@ -21,11 +21,11 @@ class ResponseOwners:
     """Remembers which caller's request made which response.  Used on the event loop alone.
 
     Args:
-        num_keys: With fewer than two there is nobody to keep apart, and every id may pass.
+        keeps_apart: Else there is one caller only, and every id may pass.
     """
 
-    def __init__(self, num_keys: int) -> None:
-        self._keeps_apart = num_keys > 1
+    def __init__(self, *, keeps_apart: bool) -> None:
+        self._keeps_apart = keeps_apart
         self._owners: OrderedDict[str, str] = OrderedDict()
 
     def check(self, caller: str, response_id: str) -> None:

@@ -43,6 +43,16 @@ class _Shelf:
     running: dict[str, RunningResponse] = field(default_factory=dict[str, RunningResponse])
     num_bytes: int = 0
 
+    def drop_oldest(self) -> int:
+        """Forget the response that ended first; its bytes."""
+        _, oldest = self.ended.popitem(last=False)
+        self.num_bytes -= oldest.num_bytes
+        return oldest.num_bytes
+
+
+MAX_FULL_SHELVES = 8
+"""All callers together have the bytes that so many may have alone: an issuer of tokens knows any number of them."""
+
 
 class ResponseStore:
     """The newest responses of each caller.  Used on the event loop alone.
@@ -50,13 +60,15 @@ class ResponseStore:
     Args:
         max_responses: Kept for each caller; 0 keeps none.
         max_bytes: Kept for each caller.  A conversation's beginning counts again with each response that goes on
-            from it, although it is there once.
+            from it, although it is there once.  For all together see :data:`MAX_FULL_SHELVES`: who has stored nothing
+            for longest loses responses first.
     """
 
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._shelves: dict[str, _Shelf] = {}
+        self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
+        self._num_bytes = 0
 
     @property
     def keeps_any(self) -> bool:
@@ -66,12 +78,21 @@ class ResponseStore:
     def put(self, caller: str, stored: StoredResponse) -> None:
         """Keep a response that has ended, in place of the oldest ones where there is no room."""
         shelf = self._shelves.setdefault(caller, _Shelf())
+        self._shelves.move_to_end(caller)
         shelf.running.pop(stored.response.id, None)
         shelf.ended[stored.response.id] = stored
         shelf.num_bytes += stored.num_bytes
+        self._num_bytes += stored.num_bytes
         while shelf.ended and (len(shelf.ended) > self._max_responses or shelf.num_bytes > self._max_bytes):
-            _, oldest = shelf.ended.popitem(last=False)
-            shelf.num_bytes -= oldest.num_bytes
+            self._num_bytes -= shelf.drop_oldest()
+        while self._num_bytes > MAX_FULL_SHELVES * self._max_bytes:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        name, shelf = next((name, shelf) for name, shelf in self._shelves.items() if shelf.ended)
+        self._num_bytes -= shelf.drop_oldest()
+        if not shelf.ended and not shelf.running:
+            del self._shelves[name]
 
     def start(self, caller: str, response_id: str, running: RunningResponse) -> None:
         """Note a response that runs in the background."""
@@ -116,3 +137,4 @@ class ResponseStore:
         shelf = self._shelves[caller]
         if ended := shelf.ended.pop(response_id, None):
             shelf.num_bytes -= ended.num_bytes
+            self._num_bytes -= ended.num_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,6 +20,7 @@ from websockets.sync.client import connect
 
 from serve.api import remote as routes
 from serve.engine.echo import EchoEngine
+from serve.keys import ApiKey, digest_of, write_keys
 
 REMOTE_KEY, KEYS = "remote-key", ("own-key", "second-key")
 RESPONSES = "/v1/responses"
@@ -144,6 +146,18 @@ def test_callers_of_a_gateway_do_not_see_each_others_responses(client: httpx.Cli
         counted = client.post(f"{RESPONSES}/input_tokens", json=goes_on, headers=other)
         assert counted.status_code == 400
         assert client.get(f"{RESPONSES}/{mine}").status_code == 200
+
+
+def test_callers_of_a_gateway_are_kept_apart_wherever_their_keys_are(
+    pair: tuple[Served, Served], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    write_keys(file, [ApiKey(digest=digest_of(key.encode())) for key in KEYS])
+    with gateway(pair[0].url, remote_api_key=REMOTE_KEY, api_keys_file=file) as (_, client):
+        mine, other = ({"x-api-key": key} for key in KEYS)
+        made = client.post(RESPONSES, json={"model": "echo", "input": "mine"}, headers=mine).json()["id"]
+        assert client.get(f"{RESPONSES}/{made}", headers=mine).status_code == 200
+        assert client.get(f"{RESPONSES}/{made}", headers=other).status_code == 404
 
 
 def test_gateway_with_one_key_passes_every_id(pair: tuple[Served, Served], direct: httpx.Client) -> None:

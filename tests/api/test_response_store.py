@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -13,8 +14,10 @@ from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 from support import eventually, openai_error, serving
 
+from serve.api.response_store import MAX_FULL_SHELVES, ResponseStore, StoredResponse
 from serve.engine.base import EngineConfig
 from serve.engine.echo import EchoEngine
+from serve.errors import ResponseNotFound
 
 RESPONSES = "/v1/responses"
 ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
@@ -90,6 +93,31 @@ def test_store_gives_up_the_oldest_by_size() -> None:
 
         larger = create(client, "b", instructions="b" * limit)
         assert_unknown(client, larger["id"])
+
+
+def test_store_bounds_what_all_callers_have_together() -> None:
+    """An issuer of tokens knows any number of callers."""
+    store = ResponseStore(max_responses=10, max_bytes=100)
+
+    def put(caller: str) -> None:
+        response: Any = SimpleNamespace(id=f"of {caller}")
+        store.put(caller, StoredResponse(response, (), (), 60))
+
+    def has(caller: str) -> bool:
+        try:
+            return bool(store.get(caller, f"of {caller}"))
+        except ResponseNotFound:
+            return False
+
+    callers = [f"caller {at}" for at in range(2 * MAX_FULL_SHELVES)]
+    for caller in callers:
+        put(caller)
+    kept = [caller for caller in callers if has(caller)]
+    assert kept == callers[-len(kept) :]
+    assert 60 * len(kept) <= MAX_FULL_SHELVES * 100 < 60 * (len(kept) + 1)
+    store.delete(kept[-1], f"of {kept[-1]}")
+    put("another")
+    assert [caller for caller in callers if has(caller)] == kept[:-1]  # what was deleted made room
 
 
 def test_store_can_be_turned_off() -> None:
