@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 PHASE = "import_app"
+SHUTTING_DOWN = "the server is shutting down; try another replica"
+RETRY_AFTER_S = b"10"
 EARLY_HEALTH = json.dumps({"status": "loading", "phase": PHASE, "message": None}, separators=(",", ":")).encode()
 """As :class:`serve.api.schemas.common.Health`, which is not imported yet."""
 
@@ -28,7 +30,7 @@ class ArrivingApp:
     Args:
         make: Imports and composes the app.
         on_arrival: Called with it on the event loop, before its own start.
-        on_failure: Called when ``make`` or the app's start raised :attr:`failure`; requests that wait get 500 then.
+        on_failure: Called when ``make`` or the app's start raised :attr:`failure`; requests that wait get 503 then.
     """
 
     def __init__(
@@ -46,6 +48,10 @@ class ArrivingApp:
         """The port is open: nothing that matters more than the imports is left to do."""
         self._is_listening.set()
 
+    def refuse(self) -> None:
+        """The server ends before the app is there: who waits is sent elsewhere at once."""
+        self._is_decided.set()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on to the app, or answer for it while it is not there."""
         if scope["type"] == "lifespan":
@@ -58,6 +64,10 @@ class ArrivingApp:
             await self._is_decided.wait()
         if self._app is not None:
             await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1012, "reason": SHUTTING_DOWN})
+        else:
+            await _say_ending(scope["path"], send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -99,6 +109,19 @@ async def _comes_before(awaited: asyncio.Future[Any], ending: asyncio.Future[Any
 
 
 async def _say_loading(send: Send) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(EARLY_HEALTH)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": EARLY_HEALTH})
+    await _say(200, EARLY_HEALTH, [], send)
+
+
+async def _say_ending(path: str, send: Send) -> None:
+    error = {"message": SHUTTING_DOWN, "type": "service_unavailable_error", "param": None, "code": "shutting_down"}
+    body: dict[str, Any] = {"error": error}
+    if path.startswith("/v1/messages"):
+        error = {"type": "overloaded_error", "message": SHUTTING_DOWN}
+        body = {"type": "error", "error": error, "request_id": None}
+    await _say(503, json.dumps(body).encode(), [(b"retry-after", RETRY_AFTER_S)], send)
+
+
+async def _say(status: int, body: bytes, more: list[tuple[bytes, bytes]], send: Send) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -44,14 +43,12 @@ class DrainingServer(uvicorn.Server):
     Args:
         config: uvicorn's.
         drain_timeout_s: Seconds that running requests get to finish.
-        on_listening: Called when the port is open.
+        arriving: The app, where it is made once the port is open.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, drain_timeout_s: float, on_listening: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, drain_timeout_s: float, arriving: ArrivingApp | None = None) -> None:
         super().__init__(config)
-        self._on_listening = on_listening
+        self._arriving = arriving
         self._lifecycle: Lifecycle | None = None
         self._drain_timeout_s = drain_timeout_s
         self._draining: asyncio.Task[None] | None = None
@@ -79,8 +76,8 @@ class DrainingServer(uvicorn.Server):
             for bound in server.sockets:
                 host, port = bound.getsockname()[:2]
                 logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        if self._on_listening is not None:
-            self._on_listening()
+        if self._arriving is not None:
+            self._arriving.begin()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler.  uvicorn's own would re-raise the signal at the end; a drain ends with status 0."""
@@ -101,6 +98,8 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         if self._lifecycle is not None:
             await self._lifecycle.drain(self._drain_timeout_s)
+        elif self._arriving is not None:
+            self._arriving.refuse()
         self.should_exit = True
 
 
@@ -179,5 +178,4 @@ def _server(app: ArrivingApp | FastAPI, settings: Settings) -> DrainingServer:
         ws_max_size=settings.max_body_bytes,
         **options,
     )
-    on_listening = app.begin if isinstance(app, ArrivingApp) else None
-    return DrainingServer(config, settings.drain_timeout_s, on_listening)
+    return DrainingServer(config, settings.drain_timeout_s, app if isinstance(app, ArrivingApp) else None)

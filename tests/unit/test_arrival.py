@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from support import openai_error
 
 from serve.api.schemas.common import Health
 from serve.arrival import EARLY_HEALTH, PHASE, ArrivingApp
@@ -114,13 +115,30 @@ def test_an_app_that_cannot_be_made_ends_those_who_wait_and_the_server(stage: st
         server = Lifespan(app)
         await server.startup()
         app.begin()
-        assert await ask(app, "/v1/models") == []  # uvicorn answers 500 to who sends nothing
+        assert (await ask(app, "/v1/models"))[0]["status"] == 503
         assert app.failure is error
         await server.shutdown()
         assert server.said[-1] == "lifespan.shutdown.complete"
 
     asyncio.run(scenario())
     assert told == ["failed"]
+
+
+@pytest.mark.parametrize(("path", "check"), [("/v1/models", openai_error), ("/v1/messages", None)])
+def test_a_server_that_ends_before_the_app_is_there_sends_who_waits_elsewhere(path: str, check: Any):
+    async def scenario() -> None:
+        app = ArrivingApp(lambda: pytest.fail("nobody needs it"), lambda _: None, lambda: None)
+        waiting = asyncio.create_task(ask(app, path))
+        await asyncio.sleep(0)
+        app.refuse()
+        start, body = await waiting
+        assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"10")
+        error = json.loads(body["body"])
+        assert (check(error)["code"] == "shutting_down") if check else (error["error"]["type"] == "overloaded_error")
+        assert (await ask(app, path))[0]["status"] == 503
+        assert json.loads((await ask(app, "/health"))[1]["body"])["status"] == "loading"
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("stage", ["the port is not open", "the app is being made"])
