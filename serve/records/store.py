@@ -47,6 +47,8 @@ class UsageStore:
     def __init__(self, url: str) -> None:
         self._address = database_address(url)
         self._engine: AsyncEngine | None = None
+        kind, _, file = self._address.partition(":///")
+        self._file = Path(file) if kind.startswith("sqlite") else None
 
     async def migrate(self) -> None:
         """Bring the schema to this version; several replicas may do so at once.
@@ -65,6 +67,8 @@ class UsageStore:
         Raises:
             TimeoutError, OSError, sqlalchemy.exc.SQLAlchemyError: nobody knows whether they were written; write again.
         """
+        if self._file is not None and not self._file.exists():
+            raise FileNotFoundError(f"{self._file} was taken away")  # SQLite would go on to write into what is gone
         values = [asdict(row) for row in rows]
         async with asyncio.timeout(TIMEOUT_S), self._connected().begin() as connection:
             insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert

@@ -127,6 +127,7 @@ class RecordWriter:
                 await self._recall(store)
                 await self._write_waiting(store)
             except Exception as error:
+                is_migrated = False  # it may come back empty: another file, another server
                 pause_s = min(pause_s * 2 or FIRST_PAUSE_S, MAX_PAUSE_S)
                 if pause_s == FIRST_PAUSE_S:  # once for each time that it goes away
                     logger.warning("The database of usage records does not answer: %s", _reason(error))

@@ -120,6 +120,18 @@ def test_records_that_wait_are_written_on_a_drain(tmp_path: Path) -> None:
     assert len(rows(file)) == 20
 
 
+def test_records_go_into_a_new_file_when_theirs_was_taken_away(tmp_path: Path) -> None:
+    """SQLite itself goes on to write into a file that has no name any more."""
+    file = tmp_path / "usage.db"
+    with serving(records_url=f"sqlite:///{file}") as served, httpx.Client(base_url=served.url) as client:
+        for number in (1, 2):
+            assert client.post(COMPLETIONS, json=chat("a" * number)).status_code == 200
+            eventually(lambda number=number: writer(served).num_written == number)
+            assert [row["prompt_tokens"] for row in rows(file)] == [number]
+            file.rename(tmp_path / f"old{number}.db")
+        assert writer(served).num_dropped == 0
+
+
 def test_records_that_find_no_room_are_dropped_and_counted(tmp_path: Path) -> None:
     """The database is a folder that cannot be a file, so that it is away for good."""
     (tmp_path / "usage.db").mkdir()
