@@ -9,7 +9,7 @@ from functools import partial
 import httpx2 as httpx
 
 from serve.errors import ConfigError
-from trimaran.verify import answers, load, manners, realtime
+from trimaran.verify import answers, load, manners, realtime, redeploy
 from trimaran.verify.outcome import Outcome, failed, skipped
 from trimaran.verify.reference import Reference, check_golden
 from trimaran.verify.target import Stream, Target
@@ -19,8 +19,13 @@ BIRTH_S = 1.0
 """How far a process's age and our own clock may differ."""
 
 
-def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterator[Outcome]:
-    """Every check, in order.  One that gets no whole answer has failed."""
+def checks(
+    target: Target, wanted: Reference | None, concurrency: int, command: str | None = None, wait_s: float = 300.0
+) -> Iterator[Outcome]:
+    """Every check, in order.  One that gets no whole answer has failed.
+
+    ``command`` redeploys the server, which must be another one ``wait_s`` seconds after its end.
+    """
     stream = Stream()
     try:
         outcome, stream = answers.check_stream(target)
@@ -28,6 +33,7 @@ def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterat
         outcome = failed("stream", f"no whole answer: {type(error).__name__}: {error}")
     yield outcome
     unknown = skipped("golden tokens", "nothing to compare with: give --local MODEL or --reference FILE")
+    more = [("redeploy", partial(redeploy.check_redeploy, target, command, wait_s))] if command else []
     for name, check in (
         ("pace", partial(answers.check_pace, target, stream)),
         ("usage", partial(answers.check_usage, target, stream)),
@@ -37,6 +43,7 @@ def checks(target: Target, wanted: Reference | None, concurrency: int) -> Iterat
         ("realtime", partial(realtime.check_realtime, target, stream)),
         ("disconnect", partial(load.check_disconnect, target, stream)),
         ("concurrency", partial(load.check_concurrency, target, concurrency)),
+        *more,
     ):
         try:
             yield check()

@@ -32,6 +32,7 @@ NO_ANSWER = 3
     "--wait", type=click.FloatRange(0, 3600), default=300, show_default=True, help="Seconds for a cold start."
 )
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=120, show_default=True, help="Seconds of a request.")
+@click.option("--redeploy", metavar="COMMAND", help="Run COMMAND while streams are open; none may be cut.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.argument("url")
 def verify(
@@ -45,6 +46,7 @@ def verify(
     concurrency: int,
     wait: float,
     timeout: float,
+    redeploy: str | None,
     as_json: bool,
 ) -> None:
     """Prove that the server at URL gives the right tokens, streams, refuses what it should and frees what it must.
@@ -59,10 +61,9 @@ def verify(
     from trimaran.verify.target import Target  # noqa: PLC0415
 
     check_address(url)
-    sent = parse_headers(headers)
     _check_listener(url)
     wanted = golden.read(reference) if reference else None
-    with Target(url, key.partition(",")[0].strip(), timeout, sent) as target:
+    with Target(url, key.partition(",")[0].strip(), timeout, parse_headers(headers)) as target:
         _wait_until_ready(target, wait)
         target.model = model or first_model(target)
         if record:
@@ -74,7 +75,7 @@ def verify(
             with golden.local_server(local) as own:
                 wanted = golden.record(own)
         outcomes: list[Outcome] = []
-        for outcome in checks(target, wanted, concurrency):
+        for outcome in checks(target, wanted, concurrency, redeploy, wait):
             outcomes.append(outcome)
             click.echo(report.line(outcome), err=as_json)
         phases = cold_start(target)

@@ -31,7 +31,7 @@ class Stream:
     """
 
     status: int = 0
-    content_type: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     chunks: list[Json] = field(default_factory=list[Json])
     pieces: list[str] = field(default_factory=list[str])
     times_s: list[float] = field(default_factory=list[float])
@@ -39,6 +39,11 @@ class Stream:
     broken: str = ""
     """What in it could not be read."""
     total_s: float = 0.0
+
+    @property
+    def content_type(self) -> str:
+        """As the answer says; empty where it does not."""
+        return self.headers.get("content-type", "")
 
     @property
     def text(self) -> str:
@@ -136,12 +141,15 @@ class Target:
         return {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, **fields}
 
     @contextmanager
-    def streaming(self, body: Json) -> Generator[tuple[Stream, Iterator[None]]]:
+    def streaming(
+        self, body: Json, headers: Mapping[str, str] | None = None
+    ) -> Generator[tuple[Stream, Iterator[None]]]:
         """A stream, and an iterator that takes one event each time; leaving early closes the connection."""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         began = time.perf_counter()
-        with self._client.stream("POST", COMPLETIONS, json=body, headers=self.headers()) as answer:
-            stream = Stream(answer.status_code, answer.headers.get("content-type", ""))
+        sent = self.headers() | dict(headers or {})
+        with self._client.stream("POST", COMPLETIONS, json=body, headers=sent) as answer:
+            stream = Stream(answer.status_code, answer.headers)
 
             def events() -> Iterator[None]:
                 for line in answer.iter_lines():
