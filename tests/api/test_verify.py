@@ -158,6 +158,31 @@ def test_fault_of_a_proxy_with_websockets_is_named(healthy, num_messages, said):
     assert said in outcome.message
 
 
+class Limits:
+    """Refuses the first requests with 429."""
+
+    def __init__(self, app: App, retry_after: bytes) -> None:
+        self.app, self.retry_after, self.left = app, retry_after, 2
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if self.left:
+            self.left -= 1
+            await send({"type": "http.response.start", "status": 429, "headers": [(b"retry-after", self.retry_after)]})
+            await send({"type": "http.response.body"})
+        else:
+            await self.app(scope, receive, send)
+
+
+def test_limits_of_requests_are_waited_for_where_they_ask_for_a_moment(healthy):
+    with in_front(healthy, lambda app: Limits(app, b"0")) as url, Target(url, KEY, 5) as target:
+        assert target.ask("GET", "/v1/models").status_code == 200
+    with in_front(healthy, lambda app: Limits(app, b"0")) as url, Target(url, KEY, 5) as target:
+        target.model = "echo"
+        assert target.stream(target.chat("hello", 9)).is_done
+    with in_front(healthy, lambda app: Limits(app, b"86400")) as url, Target(url, KEY, 5) as target:
+        assert target.ask("GET", "/v1/models").status_code == 429
+
+
 def test_server_without_a_websocket_is_no_fault():
     with serving(engine="remote", remote_url="http://127.0.0.1:9") as gateway, Target(gateway.url, "", 5) as target:
         assert check_realtime(target, Stream()).status == "skipped"

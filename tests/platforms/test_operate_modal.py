@@ -41,12 +41,12 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
 @pytest.mark.timeout(150)  # many starts of Modal's command, each over a second
 def test_modal_is_deployed_and_rolled_back_with_its_own_command(account, monkeypatch):
     """No container runs, so that a verified deploy fails: at first it stays, then it gives way to the one before."""
-    done = run("deploy", "modal", "--verify", status=6)
+    done = run("deploy", "modal", "--verify", "--verify-wait", "0", status=6)
     assert "this was the first deploy of echo" in done.stderr
     assert "modal app stop echo" in done.stderr
     first = account.published
     monkeypatch.setenv("SERVE_MAX_QUEUE", "7")
-    shown = json.loads(run("deploy", "modal", "--verify", "--json", status=5).stdout)
+    shown = json.loads(run("deploy", "modal", "--verify", "--verify-wait", "0", "--json", status=5).stdout)
     assert account.published is first
     assert (shown["revision"], shown["verify"], shown["rolled_back"]) == ("v2", "failed", True)
     assert shown["rollback"]["revision"] == "v3"

@@ -74,7 +74,7 @@ class ModalSide:
         """See :class:`~trimaran.deploy.proof.Side`."""
         if not self._url:
             raise ServeError("Modal's command did not tell the app's address, so that it cannot be verified")
-        return Door(self._url, self._key(proof))
+        return Door(self._url, self._key(proof), limit=self._settings.limit_concurrency)
 
     def _key(self, proof: Proof) -> str:
         """Also of a file of settings; a hash is no key."""

@@ -11,7 +11,7 @@ import click
 
 from serve.errors import ConfigError, ServeError
 from trimaran import ledger
-from trimaran.deploy.proof import Door, Proof
+from trimaran.deploy.proof import Door, Proof, limit_of
 from trimaran.platforms.render.api import API, ENDED, RenderApi, address, artifact
 from trimaran.platforms.render.service import ServiceSpec, create_body, update_body
 
@@ -89,7 +89,8 @@ class RenderSide:
 
     def door(self, proof: Proof) -> Door:
         """See :class:`~trimaran.deploy.proof.Side`.  Without a key of ours it is the one that Render has generated."""
-        return Door(address(self._service), proof.key or self._api.api_key(self._service))
+        key = proof.key or self._api.api_key(self._service)
+        return Door(address(self._service), key, limit=limit_of({**self._variables, **self._spec.variables()}))
 
     def take_back(self, entry: ledger.Entry) -> None:
         """See :class:`~trimaran.deploy.proof.Side`."""

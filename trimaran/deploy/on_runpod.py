@@ -11,7 +11,7 @@ import click
 
 from serve.errors import ConfigError, ServeError
 from trimaran import ledger
-from trimaran.deploy.proof import KEY_VARIABLE, Door, Proof
+from trimaran.deploy.proof import KEY_VARIABLE, Door, Proof, limit_of
 from trimaran.platforms.runpod.api import API, RunpodApi
 from trimaran.platforms.runpod.endpoint import (
     FLASHBOOT_SUFFIX,
@@ -114,11 +114,11 @@ class RunpodSide:
 
         Workers do not begin anew with each change (of their number, say), so their age tells nothing.
         """
-        account, url = account_key(), address(self._endpoint)
+        account, url, limit = account_key(), address(self._endpoint), limit_of(self._body["env"])
         if not self._has_own_keys(self._body):
-            return Door(url, account, is_new_process=False)
+            return Door(url, account, is_new_process=False, limit=limit)
         sent = {"authorization": f"Bearer {account}"}
-        return Door(url, proof.key, sent, key_header="x-api-key", is_new_process=False)
+        return Door(url, proof.key, sent, key_header="x-api-key", is_new_process=False, limit=limit)
 
     def take_back(self, entry: ledger.Entry) -> None:
         """See :class:`~trimaran.deploy.proof.Side`.  RunPod has no rollback: what this deploy set is set back."""

@@ -27,6 +27,7 @@ ROLLED_BACK, NOT_ROLLED_BACK = 5, 6
 """Exit statuses when the proof failed: what ran before runs again; the new one is left, since nothing could be done."""
 
 CONCURRENCY = 4
+LIMIT = "SERVE_LIMIT_CONCURRENCY"
 REQUEST_S = 120.0
 KEY_VARIABLE = "TRIMARAN_VERIFY_KEY"
 
@@ -94,6 +95,14 @@ class Door:
     key_header: str = "authorization"
     is_new_process: bool = True
     """Whether this deploy has begun processes, so that an older one is what ran before."""
+    limit: int | None = None
+    """Requests that one caller may have at once: SERVE_LIMIT_CONCURRENCY."""
+
+
+def limit_of(environment: Mapping[str, str]) -> int | None:
+    """What a server with these variables lets one caller have at once."""
+    value = environment.get(LIMIT, "")
+    return int(value) if value.isdecimal() else None
 
 
 class Side(Protocol):
@@ -217,7 +226,7 @@ def _judged(proof: Proof, door: Door, began: float) -> list[Outcome]:
     with Target(door.url, door.key, REQUEST_S, sent, key_header=door.key_header) as target:
         click.echo(f"Verifying {target.url}", err=True)
         with waiting("Waiting until the new server is ready") if proof.wait_s else nullcontext():
-            why = ready_within(target, proof.wait_s, began if door.is_new_process else None)
+            why = ready_within(target, proof.wait_s, is_ours=True, since=began if door.is_new_process else None)
         if why:
             tell(failed("ready", why))
             return outcomes
@@ -226,7 +235,8 @@ def _judged(proof: Proof, door: Door, began: float) -> list[Outcome]:
         except ConfigError as error:
             tell(failed("models", error.message))
             return outcomes
-        for outcome in checks(target, proof.wanted, min(CONCURRENCY, num_slots(target) or CONCURRENCY)):
+        at_once = min(CONCURRENCY, door.limit or CONCURRENCY, num_slots(target) or CONCURRENCY)
+        for outcome in checks(target, proof.wanted, at_once):
             tell(outcome)
     click.echo(report.summary(outcomes), err=True)
     return outcomes

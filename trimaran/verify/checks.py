@@ -51,18 +51,19 @@ def checks(
             yield failed(name, f"no whole answer: {type(error).__name__}: {error}")
 
 
-def ready_within(target: Target, wait_s: float, since: float | None = None) -> str:
+def ready_within(target: Target, wait_s: float, *, is_ours: bool = False, since: float | None = None) -> str:
     """Wait until the server answers.  Says why it does not; nothing when it does.
 
     Args:
         target: The server.
         wait_s: How long.
+        is_ours: It is this project's server, which has /ready; another may be ready without it.
         since: A moment of ``time.monotonic()``.  A process that was born before does not count: while a deploy is under
             way the old one goes on to answer.
     """
     began = time.monotonic()
     while True:
-        said = _not_ready(target)
+        said = _not_ready(target, is_ours)
         if not said and since is not None and _is_older(target, since):
             said = "what ran before the deploy still answers, nothing new has come up"
         if not said or time.monotonic() - began >= wait_s:
@@ -70,14 +71,16 @@ def ready_within(target: Target, wait_s: float, since: float | None = None) -> s
         time.sleep(min(POLL_S, wait_s))
 
 
-def _not_ready(target: Target) -> str:
+def _not_ready(target: Target, is_ours: bool) -> str:
     path = target.ready_path
     try:
         status = target.ask("GET", path).status_code
     except httpx.HTTPError as error:
         return f"{type(error).__name__}: {error}"
-    if status == 200 or (status == 404 and not target.edge) or (status in (401, 403) and path.startswith("/v1")):
-        return ""  # 404: a server of another kind; a refused key is told later
+    if status == 200 or (status == 404 and not (is_ours or target.edge)):
+        return ""
+    if status in (401, 403) and target.is_queue:
+        return ""  # a refused key is told later
     return f"{path} says {status}"
 
 

@@ -171,7 +171,8 @@ def _probe(target: Target, watch: Watch) -> None:
     """Short requests at a steady pace."""
     while not watch.stop.is_set():
         try:
-            answer = target.ask("POST", COMPLETIONS, json=target.chat("x", 1), headers=NEW_CONNECTION)
+            body = target.chat("x", 1)
+            answer = target.ask("POST", COMPLETIONS, json=body, headers=NEW_CONNECTION, is_patient=False)
         except httpx.HTTPError as error:
             watch.lose(error)
         else:

@@ -15,9 +15,14 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
+from trimaran.progress import waiting
+
 COMPLETIONS = "/v1/chat/completions"
 DONE = "[DONE]"
 RUNPOD_HOST = "api.runpod.ai"
+TRIES, MAX_PAUSE_S = 3, 65.0
+"""A request that limits refuse (429) is sent so often, when they ask for so short a pause: limits are no fault."""
+
 QUEUE_PATH = re.compile(r"^/v2/([^/]+)(?:/(?:run|runsync|openai(?:/v1)?))?/?$")
 
 Json = dict[str, Any]
@@ -131,9 +136,20 @@ class Target:
         """What is 200 when the server can be asked."""
         return "/v1/models" if self.is_queue else "/ready"
 
-    def ask(self, method: str, path: str, *, key: str | None = None, **options: Any) -> httpx.Response:
-        """One request.  Raises ``httpx.HTTPError`` when there is no answer."""
-        return self._client.request(method, path, headers=self.headers(key) | options.pop("headers", {}), **options)
+    def ask(
+        self, method: str, path: str, *, key: str | None = None, is_patient: bool = True, **options: Any
+    ) -> httpx.Response:
+        """One request.  Raises ``httpx.HTTPError`` when there is no answer.
+
+        ``is_patient``: where limits refuse it for a moment, it is sent again.
+        """
+        headers = self.headers(key) | options.pop("headers", {})
+        left = TRIES if is_patient else 1
+        while True:
+            answer = self._client.request(method, path, headers=headers, **options)
+            left -= 1
+            if not left or not _paused(answer.status_code, answer.headers):
+                return answer
 
     def chat(self, prompt: str, max_tokens: int, **fields: Any) -> Json:
         """The body of a greedy request."""
@@ -161,11 +177,28 @@ class Target:
             yield stream, events()
 
     def stream(self, body: Json) -> Stream:
-        """A whole streamed answer."""
-        with self.streaming(body) as (stream, events):
-            for _ in events:
-                pass
-        return stream
+        """A whole streamed answer; where limits refuse it for a moment, it is asked for again."""
+        left = TRIES
+        while True:
+            with self.streaming(body) as (stream, events):
+                for _ in events:
+                    pass
+            left -= 1
+            if not left or not _paused(stream.status, stream.headers):
+                return stream
+
+
+def _paused(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether limits of requests a minute had put it off, and their time has passed now."""
+    try:
+        wait_s = float(headers.get("retry-after", "")) if status == 429 else MAX_PAUSE_S + 1
+    except ValueError:  # none, or a date
+        return False
+    if wait_s > MAX_PAUSE_S:
+        return False
+    with waiting("The server's limits want a pause"):
+        time.sleep(wait_s)
+    return True
 
 
 def runpod_queue(url: str) -> str | None:
