@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -45,7 +47,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            with _nobody_asked_under_ci():
+            with _nobody_asked_under_ci(), _ended_in_order():
                 return super().invoke(ctx)
         except ServeError as error:
             click.echo(f"trimaran: {error.message}", err=True)
@@ -77,6 +79,25 @@ def _nobody_asked_under_ci() -> Generator[None]:
         yield
     finally:
         click.termui.visible_prompt_func, click.termui.hidden_prompt_func = before
+
+
+@contextmanager
+def _ended_in_order() -> Generator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what it started, such as a server of its own, must not outlive it."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        del frame
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _version() -> str:

@@ -1,7 +1,11 @@
+import importlib.util
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +95,26 @@ def test_cli_command_that_may_take_a_second_tells_what_it_waits_for(path: str) -
     assert "with waiting(" in Path(inspect.getfile(inspect.unwrap(callback))).read_text(encoding="utf-8")
 
 
+def test_cli_command_that_is_terminated_ends_what_it_started() -> None:
+    ended: list[str] = []
+
+    @click.command()
+    def working() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(10)
+        finally:
+            ended.append("its server")
+
+    main.add_command(working)
+    try:
+        assert CliRunner().invoke(main, ["working"]).exit_code == 128 + signal.SIGTERM
+    finally:
+        del main.commands["working"]
+    assert ended == ["its server"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize("value", ["1", "true"])
 def test_cli_asks_nothing_under_ci(value: str) -> None:
     @click.command()
@@ -150,6 +174,15 @@ def test_run_leaves_the_model_to_the_environment(served: list[list[str]], monkey
     Path(".env").write_text("SERVE_MODEL=m\n")
     CliRunner().invoke(main, ["run"])
     assert served == [[], [], []]
+
+
+def test_emulator_of_runpod_wants_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it each worker would end, and be replaced by the next one."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "runpod" else find_spec(name))
+    done = CliRunner(env={"SERVE_ENGINE": "echo"}).invoke(main, ["emulate", "runpod"])
+    assert done.exit_code == 2
+    assert "pip install -e '.[runpod]'" in done.stderr
 
 
 @pytest.mark.parametrize(

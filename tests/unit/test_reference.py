@@ -3,8 +3,11 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
 from serve.api.schemas.chat import ChatCompletionRequest
@@ -112,6 +115,41 @@ def test_links_between_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def printed_commands() -> list[tuple[str, str]]:
+    """Each ``trimaran ...`` in a block of shell of a page: the page and the line, without comments."""
+    found: list[tuple[str, str]] = []
+    for page in [ROOT / "README.md", *ROOT.glob("docs/guides/*.md")]:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|\||\$\(|\)", re.sub(r"(^|\s)#.*", "", line)):
+                    is_folder = re.match(r"\s*(cd|git)\s", part)
+                    if not is_folder and (command := re.search(r"(?:^|[\s/])(trimaran\s.*)", part)):
+                        words = command[1].strip()
+                        found.append((page.name, words.rstrip('"') if words.count('"') % 2 else words))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), printed_commands())
+def test_commands_in_the_guides_exist_as_printed(page: str, line: str):
+    words = shlex.split(line)[1:]
+    command: Any = main
+    while isinstance(command, click.Group) and words and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    assert command is not main, f"{page}: {line}"
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+    if not command.ignore_unknown_options:
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, f"{page}: {line}"
+    if isinstance(command, click.Group):
+        assert command.invoke_without_command, f"{page}: {line}"
+
+
+def test_guide_installs_the_torch_that_the_project_wants():
+    wanted = re.search(r"torch==([\d.]+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    guide = (ROOT / "docs/guides/first-deployment.md").read_text(encoding="utf-8")
+    assert wanted is not None
+    assert set(re.findall(r"torch==([\d.]+)", guide)) == {wanted[1]}
 
 
 def test_variables_named_in_the_documents_exist():

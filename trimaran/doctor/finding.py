@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from trimaran.plan.need import Need
 
 
+TITLES = {"modal": "Modal", "runpod": "RunPod", "render": "Render"}
+"""Platforms as they write themselves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that will go wrong: a short name, what it is, why it hurts, and the command that mends it."""
@@ -51,6 +55,11 @@ class Situation:
     extras: str | None = None
     source: ModelSource | None = None
     need: Need | None = None
+
+    @property
+    def where(self) -> str:
+        """The platform's name; empty: this machine."""
+        return TITLES.get(self.platform or "", "")
 
     def as_variable(self, setting: str, value: Any) -> str:
         """How a setting is mended."""

@@ -39,7 +39,7 @@ def names(situation: Situation) -> Findings:
             kind = "plan" if situation.platform == "render" else "GPU"
             yield Finding(
                 f"unknown-{kind.lower()}",
-                f"{(situation.platform or '').capitalize()} has no {kind} {name!r}; there are: {', '.join(known)}",
+                f"{situation.where} has no {kind} {name!r}; there are: {', '.join(known)}",
                 "The deploy would fail in the cloud, after the build.",
                 _choose(situation, right),
             )

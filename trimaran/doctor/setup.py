@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,9 @@ def model_place(situation: Situation) -> Findings:
         yield Finding(
             "local-folder",
             f"{model} is a folder of this machine",
-            f"{situation.platform.capitalize()} starts an image: it has no such folder, and the server ends with 3.",
-            "docker build --build-arg MODEL_ID=owner/name ... (bakes it in), or push it to a private Hub repository",
+            f"{situation.where} starts an image: it has no such folder, and the server ends with 3.",
+            f"hf upload owner/name {shlex.quote(model)} --private, and name that; or bake it in:"
+            " docker build --build-arg MODEL_ID=owner/name ...",
         )
     yield from _local_files(situation)
 
@@ -161,7 +163,7 @@ def _local_files(situation: Situation) -> Findings:
             yield Finding(
                 "local-file",
                 f"{variable}={path} is on this machine",
-                f"The container at {platform.capitalize()} has no such file, and would not start.",
+                f"The container at {situation.where} has no such file, and would not start.",
                 {
                     "api_keys_file": "export SERVE_API_KEYS=... (the hashes of `trimaran keys new`, by commas)"
                     " and: unset SERVE_API_KEYS_FILE",
@@ -201,7 +203,7 @@ def tools(situation: Situation) -> Findings:
             yield Finding(
                 "missing-tool",
                 "none of docker, podman and buildah is installed, and no --image is named",
-                f"{situation.platform.capitalize()} starts an image, and this machine cannot build one.",
+                f"{situation.where} starts an image, and this machine cannot build one.",
                 "install Docker, or name an image that was pushed: --image REGISTRY/NAME@sha256:...",
             )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import signal
 from pathlib import Path
 
 import click
+
+from serve.errors import ConfigError
 
 
 @click.command("runpod", epilog='Example: trimaran emulate runpod --workers 2 --fault "job-stream:500x2"')
@@ -40,6 +43,8 @@ def runpod(
     from trimaran.emulate.runpod.plane import Plane  # noqa: PLC0415
     from trimaran.emulate.runpod.workers import find_handler  # noqa: PLC0415
 
+    if workers and handler is None and importlib.util.find_spec("runpod") is None:
+        raise ConfigError("workers run RunPod's own SDK, which is not installed; run: pip install -e '.[runpod]'")
     plane = Plane(endpoint, key, long_poll_s=long_poll, dead_after_s=dead_after)
     for fault in faults:
         plane.faults.add(parse_fault(fault))
