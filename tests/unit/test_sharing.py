@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,7 +36,9 @@ class Database:
         self.limiter = Limiter(allowance, clock)
         self.leases: dict[str, dict[str, int]] = {}
         self.replicas: set[str] = set()
-        self.is_away, self.delay_s, self.num_exchanges = False, 0.0, 0
+        self.is_away, self.num_exchanges = False, 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     def answer(self, replica: str, ask: Ask) -> Answer:
         caller, leases = self.limiter.standing(ask.caller), self.leases.setdefault(ask.caller, {})
@@ -78,7 +80,7 @@ class Store:
         await self.open()
         self._database.num_exchanges += 1
         answers = [self._database.answer(self._replica, ask) for ask in asks]
-        await asyncio.sleep(self._database.delay_s)
+        await self._database.answers.wait()
         return answers
 
     async def leave(self) -> None:
@@ -90,7 +92,7 @@ class Store:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"STEADY_WAIT_S": 0.05, "ANSWER_S": 0.4, "FIRST_PAUSE_S": 0.01, "MAX_PAUSE_S": 0.02}.items():
+    for name, seconds in {"STEADY_WAIT_S": 0.5, "FIRST_PAUSE_S": 0.01, "MAX_PAUSE_S": 0.02}.items():
         monkeypatch.setattr(link_module, name, seconds)
     monkeypatch.setattr(limiter_module, "REFUSED_S", 0.0)
 
@@ -113,17 +115,19 @@ async def replicas(num: int, **limits: Any) -> AsyncIterator[tuple[Database, lis
         await limiter.link.close()
 
 
-async def up(limiter: SharedLimiter, is_up: bool = True) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while limiter.link.is_up is not is_up:  # noqa: ASYNC110 - it is the state that matters, however it comes about
+        while not condition():  # noqa: ASYNC110 - it is the state that matters, however it comes about
             await asyncio.sleep(0.002)
+
+
+async def up(limiter: SharedLimiter, is_up: bool = True) -> None:
+    await until(lambda: limiter.link.is_up is is_up)
 
 
 async def told(limiter: SharedLimiter) -> None:
-    async with asyncio.timeout(5):
-        while limiter.has_news:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
-        await asyncio.sleep(0.002)
+    await until(lambda: not limiter.has_news)
+    await asyncio.sleep(0.002)
 
 
 async def let_in(limiter: SharedLimiter, times: int, name: str = "a") -> int:
@@ -229,13 +233,12 @@ async def test_replicas_give_their_parts_while_the_database_is_away(caplog: pyte
 async def test_request_waits_for_a_slow_database_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limiter_module, "WAIT_S", 0.03)
     async with replicas(1, requests_per_minute=10) as (database, (one,), _):
-        database.delay_s = 0.3
-        async with asyncio.timeout(0.2):
-            await one.enter("a")
+        database.answers.clear()
+        await one.enter("a")
         assert (one.link.is_up, one.num_alone) == (False, 1)
-        async with asyncio.timeout(0.05):
-            await one.enter("a")  # nobody waits for it now
-        database.delay_s = 0.0
+        monkeypatch.setattr(limiter_module, "WAIT_S", 60)
+        await one.enter("a")  # nobody waits for it now
+        database.answers.set()
         await up(one)
         await told(one)
         level = database.limiter.standing("a").requests
@@ -245,13 +248,15 @@ async def test_request_waits_for_a_slow_database_only_so_long(monkeypatch: pytes
 
 async def test_request_that_is_given_up_leaves_its_place() -> None:
     async with replicas(1, concurrency=1) as (database, (one,), _):
-        database.delay_s = 0.02
+        before = database.num_exchanges
+        database.answers.clear()
         entering = asyncio.create_task(one.enter("a"))
-        await asyncio.sleep(0.005)
+        await until(lambda: database.num_exchanges > before)
         entering.cancel()
         await asyncio.wait({entering})
-        await told(one)
-        await asyncio.sleep(0.05)
+        assert database.leases["a"] == {"0": 1}  # it was granted
+        database.answers.set()
+        await until(lambda: database.leases["a"] == {"0": 0})
         assert one.standing("a").num_running == 0
         assert await let_in(one, 2) == 1
 
