@@ -36,7 +36,7 @@ class Database:
         self.limiter = Limiter(allowance, clock)
         self.leases: dict[str, dict[str, int]] = {}
         self.replicas: set[str] = set()
-        self.is_away, self.num_exchanges = False, 0
+        self.is_away, self.is_broken, self.num_exchanges = False, False, 0
         self.answers = asyncio.Event()
         self.answers.set()
 
@@ -77,7 +77,8 @@ class Store:
         return len(self._database.replicas)
 
     async def exchange(self, asks: Sequence[Ask]) -> list[Answer]:
-        await self.open()
+        if self._database.is_away or self._database.is_broken:
+            raise OSError("the connection broke")
         self._database.num_exchanges += 1
         answers = [self._database.answer(self._replica, ask) for ask in asks]
         await self._database.answers.wait()
@@ -278,6 +279,49 @@ async def test_replica_that_cannot_reach_the_database_decides_alone(caplog: pyte
     database.is_away = False
     await up(limiter)
     await limiter.link.close()
+
+
+async def test_replica_tells_again_what_went_with_a_broken_connection() -> None:
+    async with replicas(1, tokens_per_day=1000, concurrency=9) as (database, (one,), _):
+        await one.enter("a")
+        database.is_broken = True
+        one.release("a", 70)
+        await up(one, False)
+        await one.enter("a")
+        one.release("a", 5)
+        assert [left.remaining for left in one.remaining("a")] == [925]
+        database.is_broken = False
+        await up(one)
+        await told(one)
+        assert database.limiter.standing("a").tokens_today == 75
+        assert database.leases["a"] == {"0": 0}
+
+
+async def test_replica_alone_counts_what_it_ran_before() -> None:
+    async with replicas(2, concurrency=6) as (database, (one, _two), _):
+        assert await let_in(one, 2) == 2
+        database.is_away = True
+        assert await let_in(one, 5) == 1  # its part is 3
+        for _ in range(3):
+            one.release("a", 0)
+        assert await let_in(one, 5) == 3
+
+
+async def test_replica_stays_alone_while_answers_take_too_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with replicas(1, requests_per_minute=5) as (database, (one,), _):
+        database.is_broken = True
+        await let_in(one, 1)
+        monkeypatch.setattr(link_module, "STEADY_WAIT_S", -1.0)
+        before, database.is_broken = database.num_exchanges, False
+        await until(lambda: database.num_exchanges > before)
+        await told(one)
+        await asyncio.sleep(0.05)
+        assert not one.link.is_up
+        assert caplog.text.count("Limits are not shared") == 1
+        monkeypatch.setattr(link_module, "STEADY_WAIT_S", 1.0)
+        await up(one)
 
 
 async def test_first_row_of_a_caller_has_what_records_know_of_the_day() -> None:
