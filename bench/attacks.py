@@ -34,6 +34,8 @@ _RAW = {
     "half a body": _HEAD + b"KEY\r\nContent-Length: 5000\r\n\r\n" + b'{"model":',
     "deep": _HEAD + b"KEY\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000,
     "endless chunk": _HEAD + b"KEY\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\nabc",
+    "endless trailer": _HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 300_000,
+    "upgrade": _HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}",
     "enormous": _HEAD + b"KEY\r\nContent-Length: 99999999999\r\n\r\n" + b"a" * 100_000,
     "pickle": b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nKEY\r\nContent-Type: application/x-pickle\r\n"
     b"Content-Length: 4\r\n\r\n\x80\x04N.",

@@ -173,12 +173,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, default=str)
 
 
-_REFUSED_SOCKET = "ASGI callable returned without completing handshake."
+_FAULTS_OF_CLIENTS = frozenset(
+    {"ASGI callable returned without completing handshake.", "Invalid UTF-8 sequence received from client."}
+)
+"""What uvicorn logs as errors, with tracebacks: a WebSocket that was refused, and one that sent what is no text."""
 
 
-def _is_no_refused_socket(record: logging.LogRecord) -> bool:
-    """uvicorn calls it an error that a WebSocket was refused, which everyone without a key could have it write."""
-    return record.msg != _REFUSED_SOCKET
+def _is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
+    return record.msg not in _FAULTS_OF_CLIENTS
 
 
 def configure_logging(log_format: LogFormat, level: str) -> None:
@@ -190,6 +192,6 @@ def configure_logging(log_format: LogFormat, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_refused_socket)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_fault_of_a_client)
     for name in ("serve", "trimaran"):
         logging.getLogger(name).setLevel(level.upper())

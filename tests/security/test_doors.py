@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from attack import COMPLETIONS, KEY, Target, only_here
+from support import eventually
 
 OPEN = {"/health", "/ready", "/ping", "/"}
 WRONG = ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"authorization": "Basic d3Jvbmc6d3Jvbmc="})
@@ -99,6 +100,16 @@ def test_nothing_listens_but_the_one_port(target: Target) -> None:
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
                 listening.append(int(fields[1].rpartition(":")[2], 16))
     assert listening == [target.address[1]]
+
+
+@only_here
+def test_refused_sockets_are_no_errors_in_the_log(target: Target) -> None:
+    """Anybody could write as many as they like."""
+    wish = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    wish |= {"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==", "authorization": ""}
+    assert target.client.get("/v1/realtime/chat", headers=wish).status_code == 401
+    eventually(lambda: "/v1/realtime/chat" in target.process.log)
+    assert "completing handshake" not in target.process.log
 
 
 @only_here
