@@ -20,6 +20,9 @@ TokenIds = Sequence[int]
 Vector = bytes
 """Little-endian float32 numbers."""
 
+LAST_BATCH_S = 10.0
+"""Seconds to wait for the present batch when the embedder is closed; one that has had them already hangs."""
+
 MAX_BATCH = 64
 """Texts taken from the queue at once; a request that comes meanwhile waits for them alone."""
 
@@ -89,11 +92,11 @@ class Embedder:
                 future.set_exception(error)
 
     def close(self) -> None:
-        """Stop the thread after its current batch."""
+        """Stop the thread after its current batch, unless that hangs."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join(10.0)
+        self._thread.join(0.0 if self.batch_age_s > LAST_BATCH_S else LAST_BATCH_S)
 
     def _run(self) -> None:
         while True:

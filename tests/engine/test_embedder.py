@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from serve.chat.tokenizer import HubTokenizer
 from serve.embedding_recipe import POOLINGS, read_recipe
+from serve.engine import embedder as embedder_module
 from serve.engine.embedder import Embedder
 from serve.engine.embedding_model import EncoderModel
 from serve.errors import GenerationFailed, ModelLoadError, OutOfMemory, ShuttingDown
@@ -229,6 +230,22 @@ def test_embedder_tells_of_a_batch_that_hangs_and_ends_its_requests() -> None:
     model.gate.set()
     assert [future.result(10) for future in embedder.submit([[4]])] == [b"\x04"]  # what came too late hurt nothing
     embedder.close()
+
+
+def test_embedder_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with a broken model has to end soon, so that another one begins."""
+    model = Recorder()
+    embedder = Embedder(model)
+    embedder.submit([[1]])
+    while not model.batches:
+        pass
+    time.sleep(0.02)
+    monkeypatch.setattr(embedder_module, "LAST_BATCH_S", 0.01)
+    closing = threading.Thread(target=embedder.close)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    model.gate.set()
 
 
 def test_embedder_survives_a_model_that_forgets_a_text() -> None:
