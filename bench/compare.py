@@ -35,7 +35,7 @@ LOAD_TIMEOUT_S = 900
 START_TIMEOUT_S = {VLLM: 600.0}
 """It compiles at its first start; the others are ready in seconds."""
 PROMPTS_APART = 100
-LONG_WORDS = 420
+LONG_WORDS = 350
 """Words of padding that make a prompt of about 500 tokens."""
 
 

@@ -39,7 +39,7 @@ class ChunkView:
     first_key: int
     last_key: int
     mask: Tensor | None
-    """``[end - begin, last_key - first_key]``, True where a key is seen; None: plain causal."""
+    """``[end - begin, last_key - first_key]``, added to the scores; None: plain causal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +92,31 @@ def _view(
     mask = None
     if len(set(positions)) > 1:
         keys = torch.arange(first_key, last_key, device=device)
-        seen = pattern.visible(on_device(positions, device), keys)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None, None, :]
+        mask = _added(pattern.visible(on_device(positions, device), keys), dtype)[:, None, None, :]
     begin, views = len(positions), list[ChunkView]()
     for chunk in chunks:
         end = begin + chunk.num_tokens
-        views.append(_chunk_view(pattern, chunk, begin, end, device))
+        views.append(_chunk_view(pattern, chunk, begin, end, dtype, device))
         begin = end
     return View(first_key, last_key, mask, tuple(views))
 
 
-def _chunk_view(pattern: Pattern, chunk: Chunk, begin: int, end: int, device: torch.device) -> ChunkView:
+def _chunk_view(
+    pattern: Pattern, chunk: Chunk, begin: int, end: int, dtype: torch.dtype, device: torch.device
+) -> ChunkView:
     first_key, last_key = pattern.first(chunk.start), chunk.start + chunk.num_tokens
     # The first query sees itself alone and the last one sees the first key: a triangle, which needs no mask.
     if first_key == chunk.start and pattern.first(last_key - 1) == first_key:
         return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, None)
     queries = torch.arange(chunk.start, last_key, device=device)
     keys = torch.arange(first_key, last_key, device=device)
-    return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, pattern.visible(queries, keys))
+    mask = _added(pattern.visible(queries, keys), dtype)
+    return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, mask)
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """As attention computes with it: torch would make it of a boolean mask once for each layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 @contextmanager
@@ -192,12 +199,19 @@ def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, count: int, vie
 
 def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView, extras: _Extras) -> Tensor:
     """A piece of one prompt over its own slot."""
-    groups = query.shape[1] // keys.shape[2]
-    slot_keys = keys[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1).repeat_interleave(groups, 0)
-    slot_values = values[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1).repeat_interleave(groups, 0)
+    slot_keys = keys[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1)[None]
+    slot_values = values[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1)[None]
     queries = query[:, :, chunk.begin : chunk.end]
-    out = _attend(queries, slot_keys[None], slot_values[None], chunk.mask, chunk.mask is None, extras)
-    return out[0].transpose(0, 1)
+    num_heads, num_kv_heads = query.shape[1], keys.shape[2]
+    groups = num_heads // num_kv_heads
+    if groups == 1 or chunk.mask is None or extras.softcap is not None or extras.sinks is not None:
+        slot_keys, slot_values = slot_keys.repeat_interleave(groups, 1), slot_values.repeat_interleave(groups, 1)
+        out = _attend(queries, slot_keys, slot_values, chunk.mask, chunk.mask is None, extras)
+    else:
+        # Query heads of a group become queries: a long prompt's keys are neither copied nor read once for each head.
+        grouped = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
+        out = _attend(grouped, slot_keys, slot_values, chunk.mask.repeat(groups, 1), False, extras)
+    return out.reshape(num_heads, -1, out.shape[-1]).transpose(0, 1)
 
 
 def _attend(
@@ -213,9 +227,9 @@ def _attend(
     if extras.softcap is not None:
         scores = (scores / extras.softcap).tanh_() * extras.softcap
     if is_causal:
-        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril_()
+        mask = _added(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(), scores.dtype)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = scores + mask
     if extras.sinks is None:
         weights = scores.softmax(-1)
     else:

@@ -14,7 +14,7 @@ MAX_STRETCH = 3.0
 """A step with prompts may take this many times as long as one without."""
 SHORT_STEP_S = 0.05
 """... or this long: nobody sees such a gap."""
-MIN_TOKENS = 32
+MIN_TOKENS = 16
 """A step takes at least so many, however slow it is, so that prompts get done."""
 MEMORY = 0.8
 """Share of the past in a running mean."""

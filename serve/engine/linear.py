@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from serve.engine.device import available_ram
+from serve.engine.joint import Joint, JointLinear, neighbours, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,13 @@ TOLERANCE = 0.1
 
 
 class PackedLinear(nn.Module):
-    """Computes what ``linear`` computes.  It has no ``weight``: nothing may read the packed numbers as a matrix."""
+    """A linear layer without ``weight``: nothing may read the packed numbers as a matrix."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self._packed = _reorder(linear.weight.detach())
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = _reorder(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -90,27 +91,43 @@ def pack(model: nn.Module) -> int:
     Returns:
         How many layers were packed; 0 where it is not possible, not correct or too large, with the reason logged.
     """
-    found = [
+    places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear and child.weight.dtype in PACKABLE
     ]
-    size = sum(child.weight.nbytes for _, _, child in found)
-    obstacle = _obstacle(size, {child.weight.dtype for _, _, child in found})
+    linears = [child for _, _, child in places]
+    size = sum(linear.weight.nbytes for linear in linears)
+    obstacle, groups = _obstacle(size, {linear.weight.dtype for linear in linears}), list[list[nn.Linear]]()
     if obstacle is None:
-        expected = _logits(model)
-        for parent, name, child in found:
-            setattr(parent, name, PackedLinear(child))
-        obstacle = _difference(model, expected)
+        expected: list[Tensor] = []
+        groups = neighbours(lambda: expected.append(_logits(model)), linears)
+        packed = _packed(linears, groups)
+        for parent, name, child in places:
+            setattr(parent, name, packed[child])
+        obstacle = _difference(model, expected[0])
         if obstacle is not None:
-            for parent, name, child in found:
+            for parent, name, child in places:
                 setattr(parent, name, child)
     if obstacle is not None:
         logger.info("Linear layers: as they are (%s)", obstacle)
         return 0
-    logger.info("Linear layers: %d packed for this CPU, %d MiB", len(found), size >> 20)
-    return len(found)
+    num_joined = sum(map(len, groups))
+    logger.info(
+        "Linear layers: %d packed for this CPU, %d MiB; %d of them joined", len(linears), size >> 20, num_joined
+    )
+    return len(linears)
+
+
+def _packed(linears: list[nn.Linear], groups: list[list[nn.Linear]]) -> dict[nn.Linear, nn.Module]:
+    """What takes the place of each."""
+    packed: dict[nn.Linear, nn.Module] = {}
+    for group in groups:
+        joint = Joint(PackedLinear(*side_by_side(group)), [linear.out_features for linear in group])
+        packed |= {linear: JointLinear(linear, joint, index) for index, linear in enumerate(group)}
+    alone = [linear for linear in linears if linear not in packed]
+    return packed | {linear: PackedLinear(linear.weight.detach(), linear.bias) for linear in alone}
 
 
 def _obstacle(size: int, dtypes: set[torch.dtype]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from serve.engine import linear
+from serve.engine import joint, linear
 
 DTYPES = [torch.float32]
 """Those that oneDNN computes in on this CPU: without AVX-512 or AVX-NE-CONVERT only float32."""
@@ -39,7 +40,7 @@ def test_packed_linear_computes_what_linear_does(
     plain = nn.Linear(inputs, outputs, bias=bias).to(dtype)
     x = torch.randn(1, rows, inputs).to(dtype)
     with torch.inference_mode():
-        expected, got = plain(x).float(), linear.PackedLinear(plain)(x).float()
+        expected, got = plain(x).float(), linear.PackedLinear(plain.weight, plain.bias)(x).float()
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, atol=1e-5 if dtype is torch.float32 else 0.03, rtol=0.02)
 
@@ -47,7 +48,7 @@ def test_packed_linear_computes_what_linear_does(
 def test_packed_linear_takes_batches_of_rows() -> None:
     plain, x = nn.Linear(24, 40), torch.randn(3, 7, 24)
     with torch.inference_mode():
-        assert torch.allclose(linear.PackedLinear(plain)(x), plain(x), atol=1e-5)
+        assert torch.allclose(linear.PackedLinear(plain.weight, plain.bias)(x), plain(x), atol=1e-5)
 
 
 def test_packed_linear_is_compiled_for_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_packed_linear_is_compiled_for_few_numbers_of_rows(monkeypatch: pytest.M
         return apply(x, *rest)
 
     monkeypatch.setattr(linear, "_apply", count)
-    layer = linear.PackedLinear(nn.Linear(8, 8))
+    layer = linear.PackedLinear(torch.ones(8, 8), None)
     with torch.inference_mode():
         for num_rows in range(1, 545):
             assert layer(torch.ones(1, num_rows, 8)).shape == (1, num_rows, 8)
@@ -82,6 +83,49 @@ def test_pack_leaves_the_logits_of_a_model(model: Any) -> None:
     assert num_packed == model.config.num_hidden_layers * 7 + 1
     assert not any(type(module) is nn.Linear for module in model.modules())
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_pack_joins_layers_that_get_the_same_input(model: Any) -> None:
+    with torch.inference_mode():
+        linear.pack(model)
+    joined = [name for name, module in model.named_modules() if isinstance(module, joint.JointLinear)]
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"] * model.config.num_hidden_layers
+    assert [name.rpartition(".")[2] for name in joined] == names
+
+
+def test_joint_parts_are_computed_once_and_then_forgotten() -> None:
+    computed: list[int] = []
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        computed.append(len(x))
+        return torch.cat([x, 2 * x], -1)
+
+    both, x = joint.Joint(compute, [3, 3]), torch.ones(2, 3)
+    last_use = weakref.ref(x)
+    assert torch.equal(both.take(1, x), 2 * x)
+    assert torch.equal(both.take(0, x), x)
+    assert computed == [2]
+    del x
+    assert last_use() is None
+
+
+def test_joint_parts_follow_the_tensor_that_each_is_given() -> None:
+    """Neighbours in the trial need not be neighbours in every step."""
+    both, one, other = joint.Joint(lambda x: torch.cat([x, 2 * x], -1), [3, 3]), torch.ones(1, 3), torch.zeros(1, 3)
+    assert [both.take(0, each).sum().item() for each in (one, one, other, one)] == [3, 3, 0, 3]
+    assert [both.take(1, each).sum().item() for each in (other, one)] == [0, 6]
+
+
+def test_neighbours_are_those_that_can_be_one_matrix() -> None:
+    a, b, biased, twice, elsewhere = (nn.Linear(4, size, bias=size == 3) for size in (1, 2, 3, 5, 6))
+    x, y = torch.ones(1, 4), torch.zeros(1, 4)
+
+    def trial() -> None:
+        for layer, given in ((a, x), (b, x), (biased, x), (twice, y), (elsewhere, y), (twice, x)):
+            layer(given)
+
+    assert joint.neighbours(trial, [a, b, biased, twice, elsewhere]) == [[a, b]]
+    assert not any(layer._forward_pre_hooks for layer in (a, b, biased, twice, elsewhere))
 
 
 def _no_operators(*_: Any) -> Any:

@@ -141,7 +141,7 @@ def test_step_that_does_not_fit_into_memory_is_halved_and_grows_back():
     sizes = []
     while subject.shrink():
         sizes.append(subject.tokens(is_decoding=False))
-    assert sizes == [256, 128, 64, 32]
+    assert sizes == [256, 128, 64, 32, 16]
     for _ in range(100):
         subject.learn(batch(32, is_decoding=False), 0.01)
     assert subject.tokens(is_decoding=False) == 512
