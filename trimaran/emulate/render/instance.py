@@ -45,7 +45,7 @@ class Instance:
     def _watch(self) -> None:
         while self.process.poll() is None:
             used = memory_of(self.process.pid)
-            if used is not None:
+            if used:  # a process that is ending has none left
                 self.peak_bytes = max(self.peak_bytes or 0, used)
                 self._used.write_text(str(used), encoding="ascii")
                 if used > self._plan.memory_mb * MB:

@@ -29,7 +29,7 @@ class WorkerApi:
         worker = request.path_params["worker"]
         self._saw(worker)
         num_jobs = int(request.query_params.get("batch_size", 1))
-        if not await self._hold(request, self._board.has_waiting):
+        if not await self._hold(request, self._board.has_waiting) or await request.is_disconnected():
             return Response(status_code=204)
         jobs: list[Any] = [{"id": job.id, "input": job.input} for job in self._board.take(worker, num_jobs)]
         if not jobs:  # another worker was quicker
