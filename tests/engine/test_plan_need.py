@@ -134,6 +134,45 @@ def test_quantised_weights_count_as_they_are_stored(tmp_path):
     assert unpacked == max(need.weight_bytes, 2 * need.num_parameters)
 
 
+def packed_fp8(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if "proj" not in name:
+        return {name: tensor.to(torch.bfloat16)}
+    return {name: tensor.to(torch.float8_e4m3fn), name.replace(".weight", ".weight_scale_inv"): torch.ones(1, 1)}
+
+
+def packed_mxfp4(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if "experts" not in name or "bias" in name:
+        return {name: tensor.to(torch.bfloat16)}
+    experts, inner, outer = tensor.shape
+    blocks = torch.zeros(experts, outer, inner // 32, 16, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:3], 127, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "method", "packed"),
+    [
+        ("Llama (grouped-query attention)", {}, "fp8", packed_fp8),
+        ("GptOss (sinks, sliding window, experts)", {"intermediate_size": 64}, "mxfp4", packed_mxfp4),
+    ],
+)
+def test_what_no_cpu_computes_in_is_unpacked_as_by_a_real_load(family, changes, method, packed, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    folder = save(tmp_path, next(one for one in FAMILIES if one.id == family), **changes)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored |= packed(name, tensor)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": method, "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    need = examine(str(folder), None, CONTEXT)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert need.weight_bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert need.weight_bytes_on(None) == sum(tensor.nbytes for tensor in model.parameters()) > need.weight_bytes
+
+
 def test_lora_adapter_is_planned_as_its_base(tmp_path):
     base = tiny_llama(tmp_path / "base")
     adapter = tmp_path / "adapter"

@@ -13,6 +13,7 @@ from serve.errors import ServeError
 from trimaran.plan.machines import MODAL_IDLE_S, machines
 from trimaran.platforms import prices
 from trimaran.platforms.prices import CPU, MEMORY, Price, PriceList, load_prices, refresh
+from trimaran.platforms.runpod.api import RunpodApi
 from trimaran.platforms.runpod.pools import POOLS
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,36 @@ def test_refresh_without_a_key_says_so(monkeypatch):
     monkeypatch.setattr(prices, "_modal", refused)
     _, said = refresh(TODAY)
     assert any("RUNPOD_API_KEY is not set" in line for line in said)
+
+
+@pytest.mark.parametrize("gpus", [[{"price": None}], [{}], ["odd"], {"a": 1}, 5])
+def test_catalogue_of_another_form_leaves_the_dated_prices(gpus, monkeypatch):
+    monkeypatch.setattr(prices, "_modal", refused)
+    monkeypatch.setattr(RunpodApi, "gpus", lambda self: gpus)
+    monkeypatch.setenv("RUNPOD_API_KEY", KEY)
+    listed, said = refresh(TODAY)
+    assert any("another answer than expected" in line for line in said)
+    assert listed.get("runpod", "ADA_24") == load_prices().get("runpod", "ADA_24")
+
+
+def test_refreshed_prices_that_cannot_be_kept_count_once(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(prices, "_modal", lambda today: [of_day(today, 0.5)])
+    listed, said = refresh(TODAY)
+    found = listed.get("modal", "L4")
+    assert found is not None
+    assert found.usd_per_hour == 0.5
+    assert any("not kept for the next time" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "text", ["[5]", '["a"]', '{"a": 1}', '[{"day": "2026-11-01", "usd_per_hour": "much"}]', "\xff"]
+)
+def test_damaged_file_of_refreshed_prices_is_passed_over(text, tmp_path):
+    (tmp_path / "trimaran").mkdir()
+    (tmp_path / "trimaran" / "prices.json").write_text(text, encoding="latin-1")
+    assert load_prices().get("modal", "L4") is not None
 
 
 @pytest.mark.parametrize("key", ["gpu_a100_80gb", "A100-80GB", "nvidia-a100-80gb"])
