@@ -1,9 +1,13 @@
-"""What Modal's adapter would refuse of its own knobs: its functions are asked, and its file is not run."""
+"""What Modal's adapter would refuse of its own knobs: its functions are asked, so that no rule is written twice."""
 
 from __future__ import annotations
 
-import ast
 import re
+import runpy
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from serve.errors import ServeError
@@ -12,7 +16,6 @@ from trimaran.doctor.finding import Finding, Findings, Situation
 from trimaran.doctor.setup import modal_knobs
 from trimaran.platforms.modal.client import ADAPTER
 
-WANTED = frozenset({"refuse", "scaling", "choose_snapshot", "hardware"})
 BATCH = 64
 """As the adapter takes it where no setting says how many requests run at once."""
 
@@ -22,25 +25,21 @@ def knobs(situation: Situation) -> Findings:
     table = modal_knobs() if situation.platform == "modal" else {}
     if not table:
         return
-    found = _functions()
-    settings, has_gpu = situation.settings, bool(situation.gpus)
+    settings, gpus = situation.settings, list(situation.gpus)
     stored = situation.need.stored_bytes if situation.need else 0
+    with _without_modal():
+        asked = runpy.run_path(str(ADAPTER))
     try:
-        given = Knobs("SERVE_MODAL_", table)
-        plan = found["scaling"](given, settings, given.choice("PRIMITIVE", "web", "server"), BATCH)
-        del plan
-        snapshot = found["choose_snapshot"](given, _Placement(), has_gpu)
-        found["hardware"](given, list(situation.gpus), stored, snapshot)
-    except (ServeError, _Refused) as error:
+        given = Knobs(asked["PREFIX"], table)
+        asked["scaling"](given, settings, given.choice("PRIMITIVE", "web", "server"), BATCH)
+        snapshot = asked["choose_snapshot"](given, _Placement(), bool(gpus))
+        asked["hardware"](given, gpus, stored, snapshot)
+    except (ServeError, SystemExit) as error:  # the adapter refuses by ending the process
         message = str(error).removeprefix("Not deployed: ")
         variable = re.match(r"SERVE_\w+", message)
-        if variable and variable[0].removeprefix("SERVE_MODAL_") in table:  # an unknown one has a finding of its own
+        if variable and variable[0].removeprefix(asked["PREFIX"]) in table:  # an unknown one has a finding of its own
             what, _, mend = message.partition(": ")
             yield Finding("wrong-setting", what, "The deploy would be refused.", mend or f"unset {variable[0]}")
-
-
-class _Refused(Exception):
-    """What the adapter ends the deploy with."""
 
 
 class _Placement:
@@ -49,15 +48,28 @@ class _Placement:
     gains_from_snapshot = True
 
 
-def _functions() -> dict[str, Any]:
-    """The adapter's own functions that plan without calling anybody."""
-    tree = ast.parse(ADAPTER.read_text(encoding="utf-8"))
-    body: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in WANTED]
-    names: dict[str, Any] = {"Any": Any, "re": re, "PREFIX": "SERVE_MODAL_", "SimpleNamespace": dict, "NoReturn": None}
-    exec(compile(ast.Module(body=body, type_ignores=[]), str(ADAPTER), "exec"), names)  # noqa: S102 - of this project
+class _Nothing(ModuleType):
+    """In place of Modal's library: everything is there, and nothing is done."""
 
-    def refuse(reason: str) -> None:
-        raise _Refused(reason)
+    def __getattr__(self, name: str) -> Any:
+        return self
 
-    names["refuse"] = refuse
-    return names
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        is_decorator = len(arguments) == 1 and callable(arguments[0]) and not named
+        return arguments[0] if is_decorator else self
+
+    def is_local(self) -> bool:
+        """As in a container, where the adapter plans nothing and calls nobody."""
+        return False
+
+
+@contextmanager
+def _without_modal() -> Generator[None]:
+    before = sys.modules.get("modal")
+    sys.modules["modal"] = _Nothing("modal")
+    try:
+        yield
+    finally:
+        del sys.modules["modal"]
+        if before is not None:
+            sys.modules["modal"] = before
