@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from asyncio import CancelledError
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -179,8 +180,10 @@ _FAULTS_OF_CLIENTS = frozenset(
 """What uvicorn logs as errors, with tracebacks: a WebSocket that was refused, and one that sent what is no text."""
 
 
-def _is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
-    return record.msg not in _FAULTS_OF_CLIENTS
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Neither a client's fault, nor what a server cancels because it ends: a reader that stalls, say."""
+    is_cancelled = record.exc_info is not None and isinstance(record.exc_info[1], CancelledError)
+    return record.msg not in _FAULTS_OF_CLIENTS and not is_cancelled
 
 
 def configure_logging(log_format: LogFormat, level: str) -> None:
@@ -192,6 +195,6 @@ def configure_logging(log_format: LogFormat, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_fault_of_a_client)
+    logging.getLogger("uvicorn.error").addFilter(_is_ours)
     for name in ("serve", "trimaran"):
         logging.getLogger(name).setLevel(level.upper())

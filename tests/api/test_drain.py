@@ -125,6 +125,7 @@ def test_drain_ends_at_once_on_the_second_signal() -> None:
         server.process.terminate()
 
         assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log
 
 
 def test_drain_does_not_wait_for_a_client_that_reads_nothing() -> None:
