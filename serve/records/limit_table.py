@@ -104,7 +104,7 @@ class LimitTable:
 
     async def open(self) -> None:
         """Connect, prepare the statements, and forget who has not been here for long."""
-        if self._connection is None:
+        if self._connection is None or self._connection.is_closed():
             connection = await _driver.connect(self._address)
             self._connection = connection
             self._exchange = await connection.prepare(EXCHANGE)
