@@ -84,6 +84,8 @@ class Watchdog:
     def is_answering(self) -> bool:
         """Whether the engine gave a token lately, or at least is not late with one.  Sends a canary when in doubt."""
         stats = self._engine.stats()
+        if stats.step_age_s > QUIET_S:  # it may come back, and is replaced if it does not; meanwhile it answers nobody
+            return False
         if stats.token_age_s > QUIET_S and not (stats.num_running or stats.num_waiting):
             self._send_canary()
         waits = self._canary is not None and not self._canary.done()

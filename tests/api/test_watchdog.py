@@ -157,6 +157,22 @@ def test_ready_of_an_idle_server_is_proven_by_a_canary() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+def test_ready_is_503_while_a_step_takes_too_long_to_be_answering() -> None:
+    release = threading.Event()
+    with (
+        serving(engine(FaultyRunner(before=lambda: release.wait(30)))) as served,
+        httpx.Client(base_url=served.url) as client,
+    ):
+        asking = threading.Thread(target=lambda: httpx.post(served.url + COMPLETIONS, json=chat("a"), timeout=30))
+        asking.start()
+        support.eventually(lambda: client.get("/ready").status_code == 503)
+        assert client.get("/health").status_code == 200
+        release.set()
+        asking.join()
+        support.eventually(lambda: client.get("/ready").status_code == 200)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_ready_is_503_while_a_canary_gets_no_answer() -> None:
     release = threading.Event()
     with (
