@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 MODAL = {"trimaran/emulate/modal/container.py", "trimaran/emulate/modal/calls.py"}
 """Modal's own client sends pickles to its control plane: the emulator on loopback has to read them."""
+SHELL = {"trimaran/verify/redeploy.py"}
+"""Runs what its user wrote after `--redeploy`, in that user's shell; nothing of it comes from elsewhere."""
 
 
 @cache
@@ -38,7 +40,7 @@ def test_source_runs_no_text() -> None:
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "os.system", "os.popen"}, f"{name}:{node.lineno} calls {called}"
                 shell = [word.value for word in node.keywords if word.arg == "shell"]
-                assert not any(isinstance(value, ast.Constant) and value.value for value in shell), (
+                assert name in SHELL or not any(isinstance(value, ast.Constant) and value.value for value in shell), (
                     f"{name} uses a shell"
                 )
 
