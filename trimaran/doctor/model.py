@@ -214,7 +214,7 @@ def packages(situation: Situation) -> Findings:
         where = "here" if platform is None else f"in the image (EXTRAS={_extras(situation)})"
         yield Finding(
             "missing-package",
-            f"{source.model} needs {' and '.join(names)}, not installed {where}",
+            f"{situation.settings.model} needs {' and '.join(names)}, not installed {where}",
             "Loading would end with status 3; a platform would start it again and again.",
             f"pip install {' '.join(names)}" if platform is None else _mended_build(names),
         )
