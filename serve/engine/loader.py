@@ -110,18 +110,37 @@ def _read_model(files: ModelFiles, dtype: torch.dtype, config: EngineConfig) -> 
     import transformers  # noqa: PLC0415
 
     auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(
+    model, said = auto.from_pretrained(
         files.folder,
         dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
     )
+    if missing := missing_weights(model, said):
+        raise ModelLoadError(
+            f"{files.folder.name} lacks weights that the model has: {missing}. Random numbers would be in their place. "
+            "Download it again, or take a complete checkpoint."
+        )
     if files.adapter is not None:
         from serve.adapters import merge_adapter  # noqa: PLC0415
 
         model = cast("Any", merge_adapter(model, files.adapter))
     return model
+
+
+def missing_weights(model: Any, said: dict[str, Any]) -> str:
+    """Parameters that no file had, in words; empty: all were there.
+
+    Args:
+        model: As ``from_pretrained`` gave it.
+        said: Its loading info; names that are tied to others, or never stored, are not in it.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:  # stored under names of the method's own
+        return ""
+    names = sorted({name for name, _ in model.named_parameters()} & set(said["missing_keys"]))
+    return "" if not names else names[0] + (f" and {len(names) - 1} others" if names[1:] else "")
 
 
 def _too_large(files: ModelFiles, raw: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str:

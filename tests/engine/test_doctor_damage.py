@@ -25,6 +25,14 @@ def model(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(good, tmp_path / "model"))
 
 
+def drop(folder: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def loop(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("model.safetensors")
@@ -39,6 +47,7 @@ DAMAGE: dict[str, tuple[str, Any]] = {
     "configuration of another model": ("unusable-model", lambda folder: change(folder, intermediate_size=128)),
     "method that nobody knows": ("unusable-model", lambda f: change(f, quantization_config={"quant_method": "odd"})),
     "generation settings": ("unusable-model", lambda folder: (folder / "generation_config.json").write_text("no")),
+    "weights without one tensor": ("unusable-model", lambda folder: drop(folder, "model.layers.0.mlp.up_proj.weight")),
     "empty weights": ("broken-weights", lambda folder: (folder / "model.safetensors").write_bytes(b"")),
     "endless header": (
         "broken-weights",

@@ -29,6 +29,21 @@ def test_weights_that_are_not_finite_are_refused_at_warm_up(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("num_missing", [1, 3])
+def test_checkpoint_that_lacks_weights_is_refused(num_missing, tmp_path):
+    """transformers would fill them with random numbers, and say so in a line of its log."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(num_missing):
+        del weights[f"model.layers.{layer}.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    others = "" if num_missing == 1 else " and 2 others"
+    with pytest.raises(ModelLoadError, match=rf"lacks weights .*layers\.0\.mlp\.up_proj\.weight{others}\."):
+        load(folder)
+
+
 def test_cuda_that_is_not_there_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelLoadError, match="SERVE_DEVICE=auto"):

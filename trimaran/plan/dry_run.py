@@ -72,12 +72,13 @@ def misfit(folder: Path, stored: Mapping[str, tuple[int, ...]]) -> str:
     """What transformers would say of a configuration that does not go with the weights beside it.
 
     Args:
-        folder: With ``config.json``.
+        folder: With ``config.json``; where the weights are there too, they are asked for all of their names.
         stored: The shapes of the tensors in the files.  Names that the model does not have are passed over: some
             architectures are stored under others.
 
     Returns:
-        Why it cannot be built, or which tensor has another shape; empty: nothing is wrong that can be seen from here.
+        Why it cannot be built, or which tensor has another shape or is missing; empty: nothing is wrong that can be
+        seen from here.
     """
     try:
         import torch  # noqa: PLC0415
@@ -97,7 +98,35 @@ def misfit(folder: Path, stored: Mapping[str, tuple[int, ...]]) -> str:
     for name, tensor in model.state_dict().items():
         if name in stored and stored[name] != tuple(tensor.shape):
             return f"{name} is stored as {stored[name]}, and config.json makes it {tuple(tensor.shape)}"
-    return ""
+    missing = _missing(folder) if stored and any(folder.glob("*.safetensors")) else ""
+    return f"weights are missing: {missing}" if missing else ""
+
+
+def _missing(folder: Path) -> str:
+    """Parameters that no file beside the configuration has, found without reading values."""
+    from importlib.util import find_spec  # noqa: PLC0415
+
+    import transformers  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    from serve.engine.loader import missing_weights  # noqa: PLC0415
+
+    if find_spec("accelerate") is None:  # transformers places nothing without it
+        return ""
+    auto: Any = transformers.AutoModelForCausalLM
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, said = auto.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, device_map="meta", output_loading_info=True
+        )
+        return missing_weights(model, said)
+    except Exception:  # not of this check: loading itself says why
+        return ""
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def _in_short(error: Exception) -> str:
