@@ -7,7 +7,7 @@ so the model's own code stays unmodified.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ from serve.engine.scheduler import Batch, Chunk
 from serve.engine.transfer import on_device
 
 NAME = "trimaran"
+
+CPU_ROWS = 128
+"""Of a prompt in one call: torch's kernel for CPUs computes 512 keys at a time, hidden ones too."""
 
 _step: ContextVar[StepContext] = ContextVar("step")
 """The step that this thread is running.  Not a keyword through the model: some families do not pass keywords on."""
@@ -94,11 +97,18 @@ def _view(
         keys = torch.arange(first_key, last_key, device=device)
         mask = _added(pattern.visible(on_device(positions, device), keys), dtype)[:, None, None, :]
     begin, views = len(positions), list[ChunkView]()
-    for chunk in chunks:
-        end = begin + chunk.num_tokens
-        views.append(_chunk_view(pattern, chunk, begin, end, dtype, device))
+    for piece in (piece for chunk in chunks for piece in _pieces(chunk, device)):
+        end = begin + piece.num_tokens
+        views.append(_chunk_view(pattern, piece, begin, end, dtype, device))
         begin = end
     return View(first_key, last_key, mask, tuple(views))
+
+
+def _pieces(chunk: Chunk, device: torch.device) -> Iterator[Chunk]:
+    """On a CPU a few rows at a time, so that the first ones are not multiplied with the keys of the last."""
+    most = CPU_ROWS if device.type == "cpu" else chunk.num_tokens
+    for begin in range(0, chunk.num_tokens, most):
+        yield Chunk(chunk.sequence, chunk.start + begin, min(most, chunk.num_tokens - begin))
 
 
 def _chunk_view(
