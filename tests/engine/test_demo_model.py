@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,9 @@ def test_tokenizer_splits_digits_and_marks_specials(demo_model: Path) -> None:
     )
 
 
-_tokenizers: dict[Path, Tokenizer] = {}
-
-
+@cache
 def _tokenizer(folder: Path) -> Tokenizer:
-    return _tokenizers.setdefault(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def test_demo_model_answers_a_question(demo_model: Path) -> None:

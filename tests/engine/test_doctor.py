@@ -55,8 +55,8 @@ def test_good_endpoint_raises_no_alarm_with_a_model_of_the_hub(good: Path, tmp_p
         hub.refusal = (403, "GatedRepo")
         assert at_hub(hub.port, tmp_path / "new", *arguments, **environment) == (1, ["gated-model"])
         api.endpoints["ep0"]["workers"]["max"] = 0
-        environment["SERVE_ENGINE"] = "echo"
-        assert at_hub(hub.port, tmp_path, *arguments[1:], **environment) == (1, ["idle-endpoint"])
+        idle = doctor("--image", IMAGE, platform="runpod", SERVE_ENGINE="echo", **environment)
+        assert found(idle) == ["idle-endpoint"]
 
 
 def at_hub(port: int, cache: Path, *arguments: str, **environment: str) -> tuple[int, list[str]]:
