@@ -26,7 +26,7 @@ from serve.api import (
     responses,
     tokenize,
 )
-from serve.api.auth import OIDC, Door, oidc_scheme, security
+from serve.api.auth import OIDC, OPEN_PATHS, SCHEMES, Door, oidc_scheme, security
 from serve.api.cors import cors
 from serve.api.errors import install_handlers
 from serve.api.limits import Limits
@@ -82,16 +82,17 @@ class _App(FastAPI):
         """The document, made once."""
         if self.openapi_schema is None:
             document = super().openapi()
-            schemas, door = document["components"], cast("Door", self.state.door)
+            components, door = document["components"], cast("Door", self.state.door)
+            components["securitySchemes"] = {**SCHEMES}
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-                    if "security" in operation:
-                        operation["security"] = security(path, operation["security"], door)
+                    if path not in OPEN_PATHS:
+                        operation["security"] = security(path, door)
             for name in ("HTTPValidationError", "ValidationError"):
-                schemas["schemas"].pop(name, None)
+                components["schemas"].pop(name, None)
             if door.tokens is not None:
-                schemas["securitySchemes"][OIDC] = oidc_scheme(door.tokens.discovery_url)
+                components["securitySchemes"][OIDC] = oidc_scheme(door.tokens.discovery_url)
         return super().openapi()
 
 

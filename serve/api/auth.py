@@ -7,20 +7,24 @@ import binascii
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Security
-from fastapi.security import APIKeyHeader, HTTPBearer
-
 from serve.errors import AuthenticationError, PermissionDenied
 from serve.keys import Identity, KeyRing, Scope
 
 if TYPE_CHECKING:
     from serve.oidc import TokenVerifier
 
-DOCUMENTED_SCHEMES = [
-    Security(HTTPBearer(auto_error=False, description="The API key.")),
-    Security(APIKeyHeader(name="X-API-Key", auto_error=False, description="The API key; wins over Authorization.")),
-]
-"""Tells OpenAPI, and so the documentation's pages, how to send a key.  The middleware does the checking."""
+SCHEMES: Mapping[str, Mapping[str, str]] = {
+    "HTTPBearer": {"type": "http", "scheme": "bearer", "description": "The API key."},
+    "APIKeyHeader": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-API-Key",
+        "description": "The API key; wins over Authorization.",
+    },
+}
+"""Tells OpenAPI, and so the documentation's pages, how to send a key.  The middleware does the checking, and no route
+declares one: FastAPI would look for the headers again, in every request.
+"""
 
 TRUSTED_CALLER = "trimaran.caller"
 """Scope key under which an adapter that drives the app in process names a caller whom its platform has authenticated.
@@ -120,11 +124,11 @@ class Door:
         return identity
 
 
-def security(path: str, schemes: list[dict[str, list[str]]], door: Door) -> list[dict[str, list[str]]]:
+def security(path: str, door: Door) -> list[dict[str, list[str]]]:
     """What OpenAPI says of a path that needs a key: the scope with each scheme, the issuer's too if there is one."""
     scope = needed_scope(path)
     scopes = [scope.value] if scope is not None else []
-    names = [*(name for scheme in schemes for name in scheme), *([OIDC] if door.tokens is not None else ())]
+    names = [*SCHEMES, *([OIDC] if door.tokens is not None else ())]
     return [{name: scopes} for name in names]
 
 

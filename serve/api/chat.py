@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_plan import chat_plan
 from serve.api.chat_reader import ChatReader
 from serve.api.chat_shape import ChatAnswer, ChatShape
@@ -27,7 +26,7 @@ from serve.lifecycle import Lifecycle
 from serve.observe import RequestRecord
 from serve.settings import Settings
 
-router = APIRouter(route_class=StrictRoute, tags=["chat"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(route_class=StrictRoute, tags=["chat"])
 
 
 @router.post(

@@ -48,14 +48,12 @@ async def chat_prompt(body: ChatCompletionRequest, lifecycle: Lifecycle, receive
     """
     tools = tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls)
     wanted = constraint(body)
-    return await _render(_Work(tools, wanted[1] if wanted else None), body, lifecycle, received_at)
+    return await lifecycle.read(_rendering(_Work(tools, wanted[1] if wanted else None), body), received_at)
 
 
-async def _render(
-    work: _Work, body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float
-) -> tuple[int, ...]:
+def _rendering(work: _Work, body: ChatCompletionRequest) -> Callable[[ChatFormat], tuple[int, ...]]:
     messages, variables = to_messages(body.messages), template_variables(body.chat_template_kwargs)
-    return await lifecycle.read(lambda chat: work.prompt(chat, messages, variables, body.reasoning_effort), received_at)
+    return lambda chat: work.prompt(chat, messages, variables, body.reasoning_effort)
 
 
 async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_at: float) -> ChatPlan:
@@ -67,8 +65,14 @@ async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_
     """
     tools = tool_plan(body.tools, body.tool_choice, body.parallel_tool_calls)
     wanted = constraint(body)
-    work = _Work(tools, wanted[1] if wanted else None)
-    prompt = await _render(work, body, lifecycle, received_at)
+    work, known = _Work(tools, wanted[1] if wanted else None), Tools(tools.tools)
+    render = _rendering(work, body)
+
+    def read(chat: ChatFormat) -> tuple[tuple[int, ...], MakeParser]:  # at once: going to a thread costs more than this
+        prompt = render(chat)
+        return prompt, work.parser(chat, prompt, known)
+
+    prompt, parser = await lifecycle.read(read, received_at)
     grammar = None
     if work.is_constrained:
         param = wanted[0] if wanted else "tools"
@@ -79,8 +83,6 @@ async def chat_plan(body: ChatCompletionRequest, lifecycle: Lifecycle, received_
         except TimeoutError:
             message = f"{param} takes more than {COMPILE_LIMIT_S:g} s to compile; make it simpler"
             raise InvalidRequest(message, param=param) from None
-    known = Tools(tools.tools)
-    parser = await lifecycle.read(lambda chat: work.parser(chat, prompt, known), received_at)
     return ChatPlan(prompt, grammar, parser, tools.is_single, tools.demands)
 
 

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.completion_shape import CompletionAnswer, CompletionReader, CompletionShape, Prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone, submit
@@ -30,7 +29,7 @@ from serve.observe import RequestRecord
 from serve.settings import Settings
 from serve.types import SamplingParams
 
-router = APIRouter(route_class=StrictRoute, tags=["completions"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(route_class=StrictRoute, tags=["completions"])
 
 
 @router.post(

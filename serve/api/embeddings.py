@@ -14,7 +14,6 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.deadline import before_deadline
 from serve.api.errors import show
 from serve.api.fields import check_extras
@@ -27,7 +26,7 @@ from serve.lifecycle import Lifecycle
 from serve.observe import RequestRecord
 from serve.settings import Settings
 
-router = APIRouter(route_class=StrictRoute, tags=["embeddings"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(route_class=StrictRoute, tags=["embeddings"])
 
 
 @router.post(

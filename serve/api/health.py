@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.schemas.common import Batching, ErrorResponse, Health, Version, WeightsRead
 from serve.lifecycle import RETRY_AFTER_LOADING_S, Lifecycle, State
 from serve.metrics import CONTENT_TYPE, Metrics
@@ -54,7 +53,6 @@ async def ping(request: Request) -> Response:
 @router.get(
     "/version",
     summary="What runs here",
-    dependencies=DOCUMENTED_SCHEMES,
     responses={401: {"model": ErrorResponse}},
 )
 async def get_version(request: Request) -> Version:
@@ -77,7 +75,6 @@ async def get_version(request: Request) -> Version:
 @router.get(
     "/metrics",
     summary="For Prometheus",
-    dependencies=DOCUMENTED_SCHEMES,
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: {"model": ErrorResponse}},
 )

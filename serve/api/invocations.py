@@ -9,7 +9,6 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.routing import StrictRoute
 from serve.api.schemas.common import ErrorResponse
 from serve.api.sse import EVENT_STREAM
@@ -20,7 +19,7 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings",
 )  # fmt: skip
 
-router = APIRouter(route_class=StrictRoute, tags=["sagemaker"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(route_class=StrictRoute, tags=["sagemaker"])
 
 
 @router.post(

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
@@ -28,7 +27,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": MessageErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)
 }
 
-router = APIRouter(route_class=StrictRoute, tags=["messages"], dependencies=DOCUMENTED_SCHEMES, responses=ERRORS)
+router = APIRouter(route_class=StrictRoute, tags=["messages"], responses=ERRORS)
 
 
 @router.post(

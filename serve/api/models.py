@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import show
 from serve.api.health import batching
 from serve.api.schemas.common import ErrorResponse, Model, ModelList
@@ -12,7 +11,7 @@ from serve.errors import ModelNotFound
 from serve.lifecycle import Lifecycle
 from serve.settings import Settings
 
-router = APIRouter(tags=["models"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(tags=["models"])
 
 
 def check_model(name: str, settings: Settings) -> None:

@@ -13,7 +13,6 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, WebSocket
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.errors import error_response
 from serve.api.middleware import refuse_socket
 from serve.api.relay import forward
@@ -33,7 +32,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _SANE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
-router = APIRouter(route_class=StrictRoute, tags=["gateway"], dependencies=DOCUMENTED_SCHEMES, responses=_ERRORS)
+router = APIRouter(route_class=StrictRoute, tags=["gateway"], responses=_ERRORS)
 
 
 async def _pass_on(body: dict[str, Any], request: Request) -> Response:

@@ -11,7 +11,6 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.chat_plan import chat_prompt
 from serve.api.fields import check_fields
 from serve.api.generation import fold_unless_gone
@@ -41,7 +40,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-router = APIRouter(route_class=StrictRoute, tags=["responses"], dependencies=DOCUMENTED_SCHEMES)
+router = APIRouter(route_class=StrictRoute, tags=["responses"])
 
 
 @router.post(

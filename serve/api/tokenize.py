@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.auth import DOCUMENTED_SCHEMES
 from serve.api.conversation import template_variables, to_messages
 from serve.api.fields import check_extras
 from serve.api.logprobs import shown
@@ -22,7 +21,6 @@ from serve.settings import Settings
 router = APIRouter(
     route_class=StrictRoute,
     tags=["tokens"],
-    dependencies=DOCUMENTED_SCHEMES,
     responses={status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)},
 )
 
