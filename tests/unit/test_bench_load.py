@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import support
@@ -21,6 +22,7 @@ if str(ROOT) not in sys.path:  # bench/ is no part of the distribution
     sys.path.insert(0, str(ROOT))
 
 from bench import compare, processes  # noqa: E402
+from bench.bars import WIDTH, picture  # noqa: E402
 from bench.figures import percentile, write_section  # noqa: E402
 from bench.load import LoadPlan, main, prompt, run_load  # noqa: E402
 from bench.sse import EventReader, Outcome  # noqa: E402
@@ -57,6 +59,14 @@ def test_percentile_grows_from_the_smallest_to_the_largest(values: list[float], 
 def test_percentile_refuses_no_samples():
     with pytest.raises(ValueError, match="0 samples"):
         percentile([], 50)
+
+
+def test_bars_are_to_the_scale_of_their_group():
+    text = picture("<a>", "ms", [("x & y", {"one": 2.0, "two": 8.0}), ("z", {"two": 3.0})])
+    drawn = ElementTree.fromstring(text)  # noqa: S314 - our own
+    bars = [rect for rect in drawn.iter() if rect.tag.endswith("rect") and rect.get("x")]
+    assert [float(bar.attrib["width"]) for bar in bars] == [WIDTH / 4, WIDTH, WIDTH]
+    assert bars[1].get("fill") == bars[2].get("fill") != bars[0].get("fill")
 
 
 @given(TEXTS, st.sampled_from([b"\n", b"\r\n"]), st.data())
