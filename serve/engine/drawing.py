@@ -36,6 +36,13 @@ def race_of(weights: Tensor, bases: Tensor) -> Tensor:
     unlikely tokens when the logits are rounded otherwise, as they are in another batch, here the winner changes only
     when two tokens are as good as level.
     """
+    if weights.device.type == "cpu":  # one row's numbers stay in the cache: half the time of all rows at once
+        rows = zip(weights.split(1), bases.split(1), strict=True)
+        return torch.cat([_race(row, base) for row, base in rows])
+    return _race(weights, bases)
+
+
+def _race(weights: Tensor, bases: Tensor) -> Tensor:
     ids = torch.arange(1, weights.shape[1] + 1, device=weights.device)
     bits = _mixed(bases + ids * _signed(GOLDEN))
     clocks = _shifted(bits, 64 - CLOCK_BITS).double().add_(0.5).mul_(2.0**-CLOCK_BITS).log_().neg_()
