@@ -1,6 +1,6 @@
 """What each caller may use: requests and tokens per minute, tokens and dollars per day, requests at once.
 
-In this process only: with N replicas a caller gets up to N times as much, unless they share (``shared_limits.py``).
+In this process only: with N replicas a caller gets up to N times as much, unless they share (``serve.sharing``).
 No HTTP here; the clock is given.
 """
 
