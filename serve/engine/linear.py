@@ -45,12 +45,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        num_rows = x.numel() // self.in_features
-        num_padding = padded_rows(num_rows) - num_rows
-        if not num_padding:
-            return _apply(x, self._packed, self.bias)
-        rows = functional.pad(x.reshape(num_rows, self.in_features), (0, 0, 0, num_padding))
-        return _apply(rows, self._packed, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
+        return compute(x, self._packed, self.bias)
+
+
+def compute(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ packed.T + bias``, in a number of rows that oneDNN has kernels for."""
+    num_rows = x.numel() // x.shape[-1]
+    num_padding = padded_rows(num_rows) - num_rows
+    if not num_padding:
+        return _apply(x, packed, bias)
+    rows = functional.pad(x.reshape(num_rows, x.shape[-1]), (0, 0, 0, num_padding))
+    return _apply(rows, packed, bias)[:num_rows].view(*x.shape[:-1], packed.shape[0])
 
 
 def padded_rows(num_rows: int) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from serve.engine.attention import make_context, running
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Batch
 from serve.engine.transfer import NOTHING_DRAWN, Drawn, last_known, on_device
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Token ids and positions, ``[1, T]`` each, and the columns whose logits are wanted, ``[n]``."""
 
 
 def forward(model: Any, batch: Batch, cache: KVCache, drawn: Drawn = NOTHING_DRAWN) -> Tensor:
@@ -18,6 +22,19 @@ def forward(model: Any, batch: Batch, cache: KVCache, drawn: Drawn = NOTHING_DRA
     One row of no meaning when there is none of either.  ``drawn`` holds what is pending.
     """
     cache.move(batch.moves)
+    inputs = inputs_of(batch, model.device, drawn)
+    with running(make_context(batch, cache, model.dtype, model.device)):
+        return call(model, inputs)[0]
+
+
+def call(model: Any, inputs: Inputs) -> Tensor:
+    """The model's logits ``[1, n, vocab_size]``."""
+    input_ids, position_ids, wanted = inputs
+    return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=wanted).logits
+
+
+def inputs_of(batch: Batch, device: torch.device, drawn: Drawn = NOTHING_DRAWN) -> Inputs:
+    """What the model is given for a batch.  ``drawn`` holds what is pending."""
     token_ids = [last_known(sequence) for sequence in batch.decodes]
     positions = [sequence.num_computed_tokens for sequence in batch.decodes]
     wanted = list(range(len(batch.decodes)))
@@ -31,14 +48,7 @@ def forward(model: Any, batch: Batch, cache: KVCache, drawn: Drawn = NOTHING_DRA
             begin = len(token_ids) - chunk.num_tokens
             for_prompts += range(begin, begin + len(chunk.predicted))
     wanted += for_prompts
-    device = model.device
     input_ids = on_device(token_ids, device)
     drawn.fill(input_ids, batch.decodes)
-    with running(make_context(batch, cache, model.dtype, device)):
-        return model(
-            input_ids=input_ids[None],
-            position_ids=on_device([positions], device),
-            use_cache=False,
-            # A step of partial prompts needs no logits, but every model takes one row.
-            logits_to_keep=on_device(wanted or [0], device),
-        ).logits[0]
+    # A step of partial prompts needs no logits, but every model takes one row.
+    return input_ids[None], on_device([positions], device), on_device(wanted or [0], device)

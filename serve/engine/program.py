@@ -1,0 +1,107 @@
+"""A forward pass as one Python function: torch's operators one after the other, without the model's modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor that the program computes, or is given."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """``factor * num_rows + constant``."""
+
+    factor: int
+    constant: int
+
+
+@dataclass(slots=True)
+class Node:
+    """One line: ``results = function(*arguments, **options)``."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    results: list[Value]
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in the order in which they run."""
+
+    nodes: list[Node]
+    inputs: list[Value]
+    result: Value
+
+
+def compiled(graph: Graph) -> Callable[..., Tensor]:
+    """The function of a graph: ``(num_rows, *inputs)`` to its result."""
+    return _Writer(graph).function()
+
+
+class _Writer:
+    """Writes a graph as Python source; what is no literal gets a name."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._names: dict[str, Any] = {}
+        self._by_id: dict[int, str] = {}
+
+    def function(self) -> Callable[..., Tensor]:
+        nodes, result = self._graph.nodes, self._graph.result
+        last = {value: number for number, node in enumerate(nodes) for value in used(node)}
+        lines = [f"def run(n, {', '.join(map(self._text, self._graph.inputs))}):"]
+        for number, node in enumerate(nodes):
+            targets = ", ".join(self._text(value) for value in node.results)
+            lines.append(f" {targets} = {self._call(node)}")
+            dead = [value for value in {*used(node), *node.results} if last.get(value, number) == number]
+            if names := [self._text(value) for value in dead if value != result]:
+                lines.append(f" del {', '.join(names)}")
+        lines.append(f" return {self._text(result)}")
+        exec(compile("\n".join(lines), "<recorded forward pass>", "exec"), self._names)  # noqa: S102 - our own text
+        return self._names["run"]
+
+    def _call(self, node: Node) -> str:
+        parts = [self._text(argument) for argument in node.arguments]
+        parts += [f"{name}={self._text(option)}" for name, option in node.options.items()]
+        return f"{self._name(node.function)}({', '.join(parts)})"
+
+    def _text(self, argument: Any) -> str:
+        match argument:
+            case Value():
+                return f"v{argument.number}"
+            case Rows():
+                return f"{argument.factor}*n+{argument.constant}" if argument.constant else f"{argument.factor}*n"
+            case tuple():
+                items = [self._text(item) for item in argument]  # pyright: ignore[reportUnknownVariableType]
+                return f"({', '.join(items)}{',' * (len(items) == 1)})"
+            case bool() | int() | str() | None:
+                return repr(argument)
+            case float() if math.isfinite(argument):
+                return repr(argument)
+            case _:
+                return self._name(argument)
+
+    def _name(self, constant: Any) -> str:
+        name = self._by_id.get(id(constant))
+        if name is None:
+            name = self._by_id[id(constant)] = f"c{len(self._by_id)}"
+            self._names[name] = constant
+        return name
+
+
+def used(node: Node) -> set[Value]:
+    """What a node reads."""
+    leaves = _pytree.tree_leaves((node.arguments, node.options))
+    return {leaf for leaf in leaves if isinstance(leaf, Value)}
