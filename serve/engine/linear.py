@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from serve.engine import huge_pages
 from serve.engine.device import available_ram
 from serve.engine.joint import Joint, JointLinear, neighbours, side_by_side
 
@@ -122,6 +123,7 @@ def pack(model: nn.Module) -> int:
     logger.info(
         "Linear layers: %d packed for this CPU, %d MiB; %d of them joined", len(linears), size >> 20, num_joined
     )
+    huge_pages.start(size)
     return len(linears)
 
 

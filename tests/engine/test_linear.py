@@ -12,7 +12,8 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from serve.engine import joint, linear
+from serve.engine import huge_pages, joint, linear
+from serve.engine.device import available_ram
 
 DTYPES = [torch.float32]
 """Those that oneDNN computes in on this CPU: without AVX-512 or AVX-NE-CONVERT only float32."""
@@ -83,6 +84,27 @@ def test_pack_leaves_the_logits_of_a_model(model: Any) -> None:
     assert num_packed == model.config.num_hidden_layers * 7 + 1
     assert not any(type(module) is nn.Linear for module in model.modules())
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_pages_keep_every_bit_of_what_is_computed(dtype: torch.dtype) -> None:
+    layer = linear.PackedLinear(torch.randn(2048, 1024).to(dtype), None)
+    x = torch.randn(3, 1024).to(dtype)
+    with torch.inference_mode():
+        before = layer(x)
+        assert huge_pages.promote(available_ram())
+        assert torch.equal(layer(x), before)
+
+
+def test_pack_starts_huge_pages_for_what_it_packed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(huge_pages, "start", started.append)
+    size = sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
+    with torch.inference_mode():
+        linear.pack(model)
+        assert started == [size]
+        linear.pack(model)
+    assert started == [size], "nothing was left to pack"
 
 
 def test_pack_joins_layers_that_get_the_same_input(model: Any) -> None:
