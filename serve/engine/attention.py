@@ -7,7 +7,7 @@ so the model's own code stays unmodified.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from serve.engine import flash
-from serve.engine.kv_cache import KVCache
+from serve.engine import blocks, flash, parts
+from serve.engine.blocks import Extras
+from serve.engine.kv_cache import KVCache, write
+from serve.engine.parts import added
 from serve.engine.patterns import Pattern
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.transfer import on_device
 
 NAME = "trimaran"
-
-CPU_ROWS = 128
-"""Of a prompt in one call: torch's kernel for CPUs computes 512 keys at a time, hidden ones too."""
 
 _step: ContextVar[StepContext] = ContextVar("step")
 """The step that this thread is running.  Not a keyword through the model: some families do not pass keywords on."""
@@ -57,34 +56,41 @@ class View:
     chunks: tuple[ChunkView, ...]
 
 
+AnyView = View | parts.BlockView | flash.SpanView
+"""Of torch's own attention on a GPU, of the CPU's, and of FlashAttention's."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """What attention must know of one step."""
 
     cache: KVCache
     num_decodes: int
-    rows: Tensor
-    """``[T]``: ``slot * max_len + position`` of each column."""
-    views: dict[Pattern, View | flash.SpanView]
+    rows: dict[int, Tensor]
+    """Where each column is written (:meth:`KVCache.rows`)."""
+    views: dict[Pattern, AnyView]
 
 
 def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch.device) -> StepContext:
     """Lay out a batch: decodes first, then chunks."""
     positions = [sequence.num_computed_tokens for sequence in batch.decodes]
-    rows = [sequence.slot * cache.max_len + sequence.num_computed_tokens for sequence in batch.decodes]
-    for sequence in batch.decodes:
-        cache.extend(sequence.slot, sequence.num_computed_tokens, sequence.num_computed_tokens + 1)
+    slots, columns = [sequence.slot for sequence in batch.decodes], [*positions]
+    for slot, position in zip(slots, positions, strict=True):
+        cache.extend(slot, position, position + 1)
     for chunk in batch.chunks:
-        cache.extend(chunk.sequence.slot, chunk.start, chunk.start + chunk.num_tokens)
-        first = chunk.sequence.slot * cache.max_len + chunk.start
-        rows += range(first, first + chunk.num_tokens)
-    views: dict[Pattern, View | flash.SpanView] = {}
+        end = chunk.start + chunk.num_tokens
+        cache.extend(chunk.sequence.slot, chunk.start, end)
+        slots += [chunk.sequence.slot] * chunk.num_tokens
+        columns += range(chunk.start, end)
+    views: dict[Pattern, AnyView] = {}
     for pattern in set(cache.patterns):
         if cache.varlen is not None:
             views[pattern] = flash.span_view(pattern, batch, cache.max_len, device)
+        elif cache.in_blocks:
+            views[pattern] = parts.block_view(pattern, positions, batch.chunks, cache, dtype)
         else:
             views[pattern] = _view(pattern, positions, batch.chunks, dtype, device)
-    return StepContext(cache, len(positions), on_device(rows, device), views)
+    return StepContext(cache, len(positions), cache.rows(slots, columns), views)
 
 
 def _view(
@@ -95,20 +101,13 @@ def _view(
     mask = None
     if len(set(positions)) > 1:
         keys = torch.arange(first_key, last_key, device=device)
-        mask = _added(pattern.visible(on_device(positions, device), keys), dtype)[:, None, None, :]
+        mask = added(pattern.visible(on_device(positions, device), keys), dtype)[:, None, None, :]
     begin, views = len(positions), list[ChunkView]()
-    for piece in (piece for chunk in chunks for piece in _pieces(chunk, device)):
-        end = begin + piece.num_tokens
-        views.append(_chunk_view(pattern, piece, begin, end, dtype, device))
+    for chunk in chunks:
+        end = begin + chunk.num_tokens
+        views.append(_chunk_view(pattern, chunk, begin, end, dtype, device))
         begin = end
     return View(first_key, last_key, mask, tuple(views))
-
-
-def _pieces(chunk: Chunk, device: torch.device) -> Iterator[Chunk]:
-    """On a CPU a few rows at a time, so that the first ones are not multiplied with the keys of the last."""
-    most = CPU_ROWS if device.type == "cpu" else chunk.num_tokens
-    for begin in range(0, chunk.num_tokens, most):
-        yield Chunk(chunk.sequence, chunk.start + begin, min(most, chunk.num_tokens - begin))
 
 
 def _chunk_view(
@@ -120,13 +119,8 @@ def _chunk_view(
         return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, None)
     queries = torch.arange(chunk.start, last_key, device=device)
     keys = torch.arange(first_key, last_key, device=device)
-    mask = _added(pattern.visible(queries, keys), dtype)
+    mask = added(pattern.visible(queries, keys), dtype)
     return ChunkView(begin, end, chunk.sequence.slot, first_key, last_key, mask)
-
-
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """As attention computes with it: torch would make it of a boolean mask once for each layer."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 @contextmanager
@@ -167,16 +161,18 @@ def slot_attention(
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     key_cache, value_cache = step.cache.layer(layer, keys, values)
-    key_cache.flatten(0, 1).index_copy_(0, step.rows, keys)
-    value_cache.flatten(0, 1).index_copy_(0, step.rows, values)
+    write(key_cache, step.rows, keys)
+    write(value_cache, step.rows, values)
     view = step.views[step.cache.patterns[layer]]
     if isinstance(view, flash.SpanView):
         return _attend_spans(query[0].transpose(0, 1), key_cache, value_cache, step, view, scaling), None
-    extras = _Extras(scaling, softcap, s_aux)
-    parts = [_attend_chunk(query, key_cache, value_cache, chunk, extras) for chunk in view.chunks]
+    extras = Extras(scaling, softcap, s_aux)
+    if isinstance(view, parts.BlockView):
+        return blocks.attend(query, key_cache, value_cache, view, extras).unsqueeze(0), None
+    outs = [_attend_chunk(query, key_cache, value_cache, chunk, extras) for chunk in view.chunks]
     if step.num_decodes:
-        parts.insert(0, _attend_decodes(query, key_cache, value_cache, step.num_decodes, view, extras))
-    row = parts[0] if len(parts) == 1 else torch.cat(parts)
+        outs.insert(0, _attend_decodes(query, key_cache, value_cache, step.num_decodes, view, extras))
+    row = outs[0] if len(outs) == 1 else torch.cat(outs)
     return row.unsqueeze(0), None
 
 
@@ -190,14 +186,7 @@ def _attend_spans(
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Extras:
-    scaling: float | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
-def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, count: int, view: View, extras: _Extras) -> Tensor:
+def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, count: int, view: View, extras: Extras) -> Tensor:
     """One query of each sequence over a view of slots ``0..n-1``; query heads of a group become queries."""
     num_kv_heads = keys.shape[2]
     grouped = query[0, :, :count].transpose(0, 1).reshape(count, num_kv_heads, -1, query.shape[-1])
@@ -207,7 +196,7 @@ def _attend_decodes(query: Tensor, keys: Tensor, values: Tensor, count: int, vie
     return out.flatten(1, 2)
 
 
-def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView, extras: _Extras) -> Tensor:
+def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView, extras: Extras) -> Tensor:
     """A piece of one prompt over its own slot."""
     slot_keys = keys[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1)[None]
     slot_values = values[chunk.slot, chunk.first_key : chunk.last_key].transpose(0, 1)[None]
@@ -225,7 +214,7 @@ def _attend_chunk(query: Tensor, keys: Tensor, values: Tensor, chunk: ChunkView,
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool, extras: _Extras
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool, extras: Extras
 ) -> Tensor:
     """``[batch, heads, num_queries, value_dim]``; fused where the scores need nothing special."""
     if extras.softcap is None and extras.sinks is None:
@@ -237,7 +226,7 @@ def _attend(
     if extras.softcap is not None:
         scores = (scores / extras.softcap).tanh_() * extras.softcap
     if is_causal:
-        mask = _added(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(), scores.dtype)
+        mask = added(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(), scores.dtype)
     if mask is not None:
         scores = scores + mask
     if extras.sinks is None:

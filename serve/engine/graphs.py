@@ -84,7 +84,8 @@ class DecodeStep:
             starts, used = (self._inputs[field].int() for field in (3 + 2 * number, 4 + 2 * number))
             spans = flash.Spans(self._begins, F.pad(starts, (0, 1)), used, 1, self._cache.max_len, flash.EVERYTHING)
             views[pattern] = flash.SpanView(spans, None)
-        with running(StepContext(self._cache, self._size, self._inputs[2], views)):
+        rows = dict.fromkeys((key[0] for key, _ in self._cache.shapes), self._inputs[2])
+        with running(StepContext(self._cache, self._size, rows, views)):
             return self._model(
                 input_ids=self._inputs[0:1],
                 position_ids=self._inputs[1:2],

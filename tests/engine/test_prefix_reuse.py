@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES, save
 from tiny import Loaded, collect, generate_alone, load, request
 
+from serve.engine import kv_cache
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Move
 from serve.types import SamplingParams
@@ -123,22 +124,39 @@ async def test_whatever_a_request_asks_is_the_same_after_a_reused_prefix(loaded)
             assert (cold[2], warm[2]) == (0, 0 if name == "prompt_logprobs" else 59), name
 
 
-def test_cache_carries_out_copies_and_exchanges_in_order():
+@pytest.mark.parametrize("is_blocked", [True, False])
+def test_cache_carries_out_copies_and_exchanges_in_order(is_blocked, monkeypatch):
+    """In blocks of 3 tokens, and token by token."""
+    monkeypatch.setattr(kv_cache, "in_blocks", lambda *_: is_blocked)
+    monkeypatch.setattr(kv_cache, "BLOCK_LEN", 3)
     cache = KVCache(4, 8, torch.float32, torch.device("cpu"))
     keys, values = cache.layer(0, torch.zeros(1, 2, 3), torch.zeros(1, 2, 5))
+
+    def read(tensor: torch.Tensor, slot: int) -> list[float]:
+        views = cache.tokens(tensor, slot, 0, 8)
+        # The last two dimensions of a view are [heads, dim], or [tokens of a block, dim].
+        rows = [view[..., 0, 0].flatten() if not is_blocked else view.select(-3, 0)[..., 0].flatten() for view in views]
+        return [number for row in rows for number in row.tolist()]
+
     for slot, length in enumerate((6, 3, 8, 7)):
         cache.extend(slot, 0, length)
-        keys[slot, :length], values[slot, :length] = slot + 1, 10 * (slot + 1)
+        places = cache.rows([slot] * length, range(length))
+        kv_cache.write(keys, places, torch.full((length, 2, 3), slot + 1.0))
+        kv_cache.write(values, places, torch.full((length, 2, 5), 10 * (slot + 1.0)))
     cache.move([Move(0, 3, 5), Move(1, 2, 3, is_swap=True), Move(2, 0, 2)])
-    assert keys[:, :, 0, 0].tolist() == [
+    assert [read(keys, slot) for slot in range(4)] == [
         [2, 2, 0, 0, 0, 0, 0, 0],
         [3, 3, 3, 3, 3, 3, 3, 3],
         [2, 2, 2, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 1, 0, 0, 0],
     ]
-    assert torch.equal(values[..., 0, 0], keys[..., 0, 0] * 10)
+    assert [read(values, slot) for slot in range(4)] == [[10 * each for each in read(keys, slot)] for slot in range(4)]
     cache.extend(1, 3, 4)
-    assert keys[1, :, 0, 0].tolist() == [3, 3, 3, 0, 0, 0, 0, 0], "what lay behind is not zero"
+    assert read(keys, 1) == [3, 3, 3, 0, 0, 0, 0, 0], "what lay behind is not zero"
+    assert cache.bytes_per_token == 4 * 2 * (3 + 5)
+    assert cache.shapes == {((2, 3), (2, 5))}
+    bigger = cache.resized(5, 10)
+    assert (bigger.shapes, bigger.num_layers, bigger.bytes_per_token) == (cache.shapes, 1, cache.bytes_per_token)
 
 
 async def test_poisoned_request_leaves_no_poison_in_its_slot(loaded):
