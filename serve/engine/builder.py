@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from serve.engine import attention, linear
-from serve.engine.program import Graph, Node, Rows, Value, used
+from serve.engine.program import Graph, Node, Rows, Value, needed
 from serve.engine.recorder import Call, NotReplayable, Recording
 
 aten: Any = torch.ops.aten
@@ -101,8 +101,7 @@ class _Builder:
     def tensor(self, a: Tensor, b: Tensor) -> Value | Tensor:
         found = self.known.get(id(a))
         if isinstance(found, View):
-            found = self.emit(torch.as_strided, (found.root, *found.geometry), {})
-            self.known[id(a)] = found
+            return self.emit(torch.as_strided, (found.root, *found.geometry), {}, a)
         if found is not None:
             return found
         if a is not b and not (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)):
@@ -110,13 +109,16 @@ class _Builder:
         self.known[id(a)] = a
         return a
 
-    def emit(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Value:
+    def emit(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], like: Tensor
+    ) -> Value:
+        """A node whose result is ``like`` the recorded one, unless the same was computed before."""
         key = (function, _key(arguments), _key(tuple(options.items())))
         found = self.seen.get(key)
         if found is None:
             found = self.seen[key] = Value(self.count)
             self.count += 1
-            self.nodes.append(Node(function, arguments, options, [found]))
+            self.nodes.append(Node(function, arguments, options, [found], like.dtype, like.is_contiguous()))
         return found
 
     def add(self, a: Call, b: Call) -> None:
@@ -134,19 +136,24 @@ class _Builder:
         if a.layer is not None:
             value = self.new(a.results[0])
             self.attended.add(value)
-            self.nodes.append(Node(_attention, (a.layer, *arguments), options, [value]))
+            self.nodes.append(
+                Node(_attention, (a.layer, *arguments), options, [value], a.results[0].dtype, writes=True)
+            )
             return
         if _is_constant((arguments, options)) and sum(map(_size, a.results)) <= FOLDED_BYTES:
             self.known |= {id(result): result for result in a.results}
             return
         if any(result.storage_offset() for result in a.results if result.layout is torch.strided):
             raise NotReplayable(f"a result begins inside of another ({a.function})")
+        first = a.results[0]
         if a.function is PACKED:
-            self.known[id(a.results[0])] = self.emit(linear.compute, arguments[:3], {})
+            self.known[id(first)] = self.emit(linear.layer_of(arguments[1]).forward, arguments[:1], {}, first)
         elif len(a.results) == 1:
-            self.known[id(a.results[0])] = self.emit(DIRECT.get(a.function, a.function), arguments, options)
+            self.known[id(first)] = self.emit(DIRECT.get(a.function, a.function), arguments, options, first)
         else:
-            self.nodes.append(Node(a.function, arguments, options, [self.new(result) for result in a.results]))
+            self.nodes.append(
+                Node(a.function, arguments, options, [self.new(result) for result in a.results], first.dtype)
+            )
 
     def is_view(self, a: Call, b: Call) -> bool:
         """Whether the results are parts of the first argument; then they are remembered as such."""
@@ -209,14 +216,4 @@ def build(a: Recording, b: Recording) -> Graph:
     result = builder.tensor(a.result, b.result)
     if not isinstance(result, Value):
         raise NotReplayable("its result does not depend on its input")
-    return Graph(_needed(builder.nodes, result), inputs, result)
-
-
-def _needed(nodes: list[Node], result: Value) -> list[Node]:
-    """Those that the result depends on, and attention, which writes to the cache."""
-    wanted, kept = {result}, list[Node]()
-    for node in reversed(nodes):
-        if node.function is _attention or not wanted.isdisjoint(node.results):
-            kept.append(node)
-            wanted |= used(node)
-    return kept[::-1]
+    return Graph(needed(builder.nodes, result), inputs, result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 ROWS_HINT = 8
 """For how many rows oneDNN chooses the layout; other counts run as well, at much the same speed."""
 
+PLAIN_SHARE = 0.2
+"""Of the free memory: so much may plain weights take, for single rows, beside the packed ones."""
+
 MEMORY_SHARE = 0.4
 """Of the free memory; the KV cache wants the rest.  The packed weights are a second copy until the first is dropped."""
 
@@ -36,27 +40,40 @@ TOLERANCE = 0.1
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without ``weight``: nothing may read the packed numbers as a matrix."""
+    """A linear layer without ``weight``: nothing may read the packed numbers as a matrix.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    Args:
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``.
+        keeps_plain: Multiply single rows with the weight as it is, which stays in memory for that.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, keeps_plain: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._packed = _reorder(weight)
+        self._plain = weight if keeps_plain else None
+        _layers[id(self._packed)] = self
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        return compute(x, self._packed, self.bias)
+        """``[..., in_features]`` to ``[..., out_features]``, in a number of rows that there are kernels for."""
+        num_rows = x.numel() // self.in_features
+        if num_rows == 1 and self._plain is not None:
+            return _apply_plain(x, self._plain, self.bias)
+        num_padding = padded_rows(num_rows) - num_rows
+        if not num_padding:
+            return _apply(x, self._packed, self.bias)
+        rows = functional.pad(x.reshape(num_rows, self.in_features), (0, 0, 0, num_padding))
+        return _apply(rows, self._packed, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
 
 
-def compute(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ packed.T + bias``, in a number of rows that oneDNN has kernels for."""
-    num_rows = x.numel() // x.shape[-1]
-    num_padding = padded_rows(num_rows) - num_rows
-    if not num_padding:
-        return _apply(x, packed, bias)
-    rows = functional.pad(x.reshape(num_rows, x.shape[-1]), (0, 0, 0, num_padding))
-    return _apply(rows, packed, bias)[:num_rows].view(*x.shape[:-1], packed.shape[0])
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+
+
+def layer_of(packed: Tensor) -> PackedLinear:
+    """Whose tensor this is."""
+    return _layers[id(packed)]
 
 
 def padded_rows(num_rows: int) -> int:
@@ -77,6 +94,30 @@ def _reorder(weight: Tensor) -> Tensor:
 def _apply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     operators: Any = torch.ops.mkldnn
     return operators._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _apply_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """With torch's own kernel, which reads a weight row by row, faster than oneDNN does when there is one row of ``x``.
+
+    It is used where oneDNN is off, and that is a switch of the whole process: other threads compute the same meanwhile.
+    """
+    switch: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    switch._set_mkldnn_enabled(False)
+    try:
+        return functional.linear(x, weight, bias)
+    finally:
+        switch._set_mkldnn_enabled(True)
+
+
+def reads_plain(dtype: torch.dtype) -> bool:
+    """Whether single rows are multiplied faster with a weight as it is: measured with bfloat16 and AVX-512."""
+    if dtype is not torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        weight, x = torch.ones(48, 32, dtype=dtype), torch.ones(1, 32, dtype=dtype)
+        return torch.equal(_apply_plain(x, weight, None), functional.linear(x, weight))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def is_usable(dtype: torch.dtype) -> bool:
@@ -105,11 +146,13 @@ def pack(model: nn.Module) -> int:
     ]
     linears = [child for _, _, child in places]
     size = sum(linear.weight.nbytes for linear in linears)
-    obstacle, groups = _obstacle(size, {linear.weight.dtype for linear in linears}), list[list[nn.Linear]]()
+    obstacle = _obstacle(size, {linear.weight.dtype for linear in linears})
+    keeps_plain, groups = False, list[list[nn.Linear]]()
     if obstacle is None:
         expected: list[Tensor] = []
         groups = neighbours(lambda: expected.append(_logits(model)), linears)
-        packed = _packed(linears, groups)
+        keeps_plain = size <= PLAIN_SHARE * available_ram() and all(reads_plain(each.weight.dtype) for each in linears)
+        packed = _packed(linears, groups, keeps_plain)
         for parent, name, child in places:
             setattr(parent, name, packed[child])
         obstacle = _difference(model, expected[0])
@@ -120,21 +163,23 @@ def pack(model: nn.Module) -> int:
         logger.info("Linear layers: as they are (%s)", obstacle)
         return 0
     num_joined = sum(map(len, groups))
+    single = "the weights as they were, kept beside them" if keeps_plain else "them, too"
     logger.info(
-        "Linear layers: %d packed for this CPU, %d MiB; %d of them joined", len(linears), size >> 20, num_joined
+        "Linear layers: %d packed for this CPU, %d MiB; %d of them joined; single rows are multiplied with %s",
+        *(len(linears), size >> 20, num_joined, single),
     )
     huge_pages.start(size)
     return len(linears)
 
 
-def _packed(linears: list[nn.Linear], groups: list[list[nn.Linear]]) -> dict[nn.Linear, nn.Module]:
+def _packed(linears: list[nn.Linear], groups: list[list[nn.Linear]], keeps_plain: bool) -> dict[nn.Linear, nn.Module]:
     """What takes the place of each."""
     packed: dict[nn.Linear, nn.Module] = {}
     for group in groups:
-        joint = Joint(PackedLinear(*side_by_side(group)), [linear.out_features for linear in group])
+        joint = Joint(PackedLinear(*side_by_side(group), keeps_plain), [linear.out_features for linear in group])
         packed |= {linear: JointLinear(linear, joint, index) for index, linear in enumerate(group)}
     alone = [linear for linear in linears if linear not in packed]
-    return packed | {linear: PackedLinear(linear.weight.detach(), linear.bias) for linear in alone}
+    return packed | {linear: PackedLinear(linear.weight.detach(), linear.bias, keeps_plain) for linear in alone}
 
 
 def _obstacle(size: int, dtypes: set[torch.dtype]) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -34,6 +35,11 @@ class Node:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     results: list[Value]
+    dtype: torch.dtype | None = None
+    is_contiguous: bool = False
+    """Both of the first result."""
+    writes: bool = False
+    """Whether it does more than give results."""
 
 
 @dataclass(slots=True)
@@ -99,6 +105,16 @@ class _Writer:
             name = self._by_id[id(constant)] = f"c{len(self._by_id)}"
             self._names[name] = constant
         return name
+
+
+def needed(nodes: list[Node], result: Value) -> list[Node]:
+    """Those that the result depends on, and those that write."""
+    wanted, kept = {result}, list[Node]()
+    for node in reversed(nodes):
+        if node.writes or not wanted.isdisjoint(node.results):
+            kept.append(node)
+            wanted |= used(node)
+    return kept[::-1]
 
 
 def used(node: Node) -> set[Value]:

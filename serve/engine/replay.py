@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from serve.engine import builder, gate, program
+from serve.engine import builder, gate, peephole, program
 from serve.engine.attention import make_context, running
 from serve.engine.kv_cache import KVCache
 from serve.engine.packed import call, inputs_of
@@ -53,6 +53,7 @@ def make(model: Any, cache: KVCache) -> DecodeProgram | None:
     probe = cache.resized(max(RECORDED_ROWS + COMPARED_ROWS), PROBE_TOKENS)
     try:
         graph = builder.build(*(_recorded(model, probe, rows) for rows in RECORDED_ROWS))
+        graph = peephole.simplified(graph)
         run = program.compiled(graph)
         off_by = max(_off_by(model, DecodeProgram(model, run, probe), probe, rows) for rows in COMPARED_ROWS)
         if not off_by <= gate.TOLERANCE[model.dtype]:

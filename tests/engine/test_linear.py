@@ -189,3 +189,47 @@ def test_pack_is_undone_where_the_logits_differ(
         assert linear.pack(model) == 0
     assert [module for module in model.modules() if type(module) is nn.Linear] == layers
     assert "off by" in caplog.text
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_single_rows_are_multiplied_with_the_weight_as_it_is(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 48, bias=bias).to(DTYPES[-1])
+    layer = linear.PackedLinear(plain.weight.detach(), plain.bias, keeps_plain=True)
+    packed_rows: list[int] = []
+    apply = linear._apply
+
+    def count(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        packed_rows.append(x.numel() // x.shape[-1])
+        return apply(x, *rest)
+
+    monkeypatch.setattr(linear, "_apply", count)
+    for rows in (1, 2, 1, 3):
+        x = torch.randn(1, rows, 96).to(DTYPES[-1])
+        with torch.inference_mode():
+            assert torch.allclose(layer(x).float(), plain(x).float(), atol=0.02, rtol=0.02)
+    assert packed_rows == [2, 3]
+    assert torch._C._get_mkldnn_enabled(), "the switch is back where it was, and no other computation pays"
+
+
+def test_failed_single_row_leaves_one_dnn_on() -> None:
+    layer = linear.PackedLinear(torch.ones(8, 8), None, keeps_plain=True)
+    with pytest.raises(RuntimeError), torch.inference_mode():
+        layer(torch.ones(1, 1, 8, dtype=torch.float64))
+    assert torch._C._get_mkldnn_enabled()
+
+
+@pytest.mark.parametrize(("free", "keeps"), [(6, True), (3, False)])
+def test_pack_keeps_plain_weights_where_there_is_memory_for_many_times_as_much(
+    free: int, keeps: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "reads_plain", lambda _: True)
+    size = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    monkeypatch.setattr(linear, "available_ram", lambda: free * size)
+    layers: list[linear.PackedLinear] = []
+    packed = linear.PackedLinear
+    monkeypatch.setattr(linear, "PackedLinear", lambda *given: layers.append(packed(*given)) or layers[-1])
+    with torch.inference_mode():
+        linear.pack(model)
+    assert [layer._plain is not None for layer in layers] == [keeps] * len(layers)
+    assert layers

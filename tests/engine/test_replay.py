@@ -10,42 +10,15 @@ import pytest
 import torch
 from tiny import load, tiny_llama
 from torch import Tensor, nn
+from toy import graph_of
 
-from serve.engine import builder, packed, program, replay
+from serve.engine import gate, packed, program, replay
 from serve.engine.attention import make_context, running
-from serve.engine.recorder import NotReplayable, Recording, record
+from serve.engine.recorder import NotReplayable
 from serve.engine.sequence import Batch, Sequence
 from serve.types import GenerationRequest, SamplingParams
 
 WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Toy(nn.Module):
-    """No attention: only what :func:`record` asks of a model, and a function as its forward pass."""
-
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.compute = forward
-        self.config = self
-
-    def get_text_config(self) -> Toy:
-        return self
-
-    _attn_implementation = "eager"
-
-    def set_attn_implementation(self, name: str) -> None:
-        self._attn_implementation = name
-
-
-def recorded(forward: Callable[..., Tensor], rows: int) -> Recording:
-    generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(0, 6, (1, rows), generator=generator)
-    with torch.inference_mode():
-        return record(Toy(forward), (ids,), forward)
-
-
-def graph_of(forward: Callable[..., Tensor]) -> program.Graph:
-    return builder.build(recorded(forward, 2), recorded(forward, 3))
 
 
 def views(ids: Tensor) -> Tensor:
@@ -152,8 +125,8 @@ def decodes(loaded: Any, rows: int, draw: random.Random) -> Batch:
     return Batch((), tuple(sequences), ())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recorded_step_equals_the_models_own_for_every_batch_size(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.01)])
+def test_recorded_step_equals_the_models_own_for_every_batch_size(tmp_path, dtype, tolerance):
     loaded = load(tiny_llama(tmp_path), slots=21, dtype=dtype, num_threads=1)
     runner, draw = loaded.runner, random.Random(1)
     if not isinstance(runner._decodes, replay.DecodeProgram):
@@ -162,7 +135,8 @@ def test_recorded_step_equals_the_models_own_for_every_batch_size(tmp_path, dtyp
         batch = decodes(loaded, rows, draw)
         with torch.inference_mode():
             got = runner._decodes.logits(batch)
-            assert torch.equal(got, packed.forward(runner._model, batch, runner._cache)), rows
+            expected = packed.forward(runner._model, batch, runner._cache)
+        assert gate.off_by(expected.float(), got.float()) <= tolerance, rows
 
 
 def test_model_that_differs_from_its_record_runs_through_its_modules(tmp_path, monkeypatch, caplog):
