@@ -229,16 +229,16 @@ def theirs(subject: Subject, clients: int) -> Row:
 def measure(subject: Subject) -> list[Row]:
     """Everything, smallest first."""
     rows: list[Row] = []
-    graphs, config = subject.runner._decodes, subject.runner._config
+    graphs, config = subject.runner._graphs, subject.runner._config
     kinds = [("trimaran", graphs, True), ("trimaran, each step read at once", graphs, False)]
     if graphs is not None:
         kinds.append(("trimaran, without graphs", None, True))
     for name, used, overlaps in kinds:
-        subject.runner._decodes = used
+        subject.runner._graphs = used
         subject.runner._config = replace(config, overlap=overlaps)
         for clients in CLIENTS:
             rows.append(asyncio.run(ours(subject, name, clients)))
-    subject.runner._decodes = subject.runner._cache = None  # its memory belongs to the next one
+    subject.runner._graphs = subject.runner._cache = None  # its memory belongs to the next one
     gc.collect()
     for clients in CLIENTS:
         rows.append(theirs(subject, clients))

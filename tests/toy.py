@@ -1,4 +1,4 @@
-"""Functions in the place of a model, recorded as a decode step is."""
+"""Functions in the place of a model, recorded as a step is."""
 
 from __future__ import annotations
 
@@ -28,12 +28,23 @@ class Toy(nn.Module):
         self._attn_implementation = name
 
 
-def recorded(forward: Callable[..., Tensor], rows: int) -> Recording:
-    generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(0, 6, (1, rows), generator=generator)
+def inputs(columns: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Token ids below 6, and places among them."""
+    generator = torch.Generator().manual_seed(columns)
+    ids = torch.randint(0, 6, (1, columns), generator=generator)
+    return ids, torch.randint(0, columns, (wanted,), generator=generator)
+
+
+def recorded(forward: Callable[..., Tensor], columns: int, wanted: int) -> Recording:
     with torch.inference_mode():
-        return record(Toy(forward), (ids,), forward)
+        return record(Toy(forward), inputs(columns, wanted), forward)
 
 
 def graph_of(forward: Callable[..., Tensor]) -> program.Graph:
-    return builder.build(recorded(forward, 2), recorded(forward, 3))
+    """Of a function of token ids and wanted places."""
+    return builder.build(recorded(forward, 4, 2), recorded(forward, 5, 2), recorded(forward, 4, 3))
+
+
+def of_ids(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that wants all there is."""
+    return lambda ids, wanted: forward(ids)

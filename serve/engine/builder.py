@@ -1,8 +1,8 @@
-"""Two recordings of a forward pass become one graph for every number of rows.
+"""Recordings of a forward pass become one graph for batches of every size.
 
-They differ in how many rows they had, which tells what of the numbers in them grows with the rows.  Views are taken in
-one step from the tensor that they show a part of, what was computed before is not computed again, and what depends on
-weights alone is known.
+They differ in how many columns they had and how many rows of logits were wanted, which tells what of their numbers
+depends on these.  Views are taken in one step from the tensor that they show a part of, what was computed before is not
+computed again, and what depends on weights alone is known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from serve.engine import attention, linear
-from serve.engine.program import Graph, Node, Rows, Value, needed
+from serve.engine.program import Graph, Node, Size, Value, needed
 from serve.engine.recorder import Call, NotReplayable, Recording
 
 aten: Any = torch.ops.aten
@@ -59,9 +60,9 @@ class View:
 
 @dataclass(slots=True)
 class _Builder:
-    """Two recordings side by side become one graph."""
+    """Recordings side by side become one graph.  The first one's tensors stand for those of all."""
 
-    rows: tuple[int, int]
+    sizes: list[tuple[int, int]]
     nodes: list[Node] = field(default_factory=list[Node])
     known: dict[int, Any] = field(default_factory=dict[int, Any])
     """By the id of the first recording's tensor: its :class:`Value`, :class:`View` or constant."""
@@ -77,37 +78,44 @@ class _Builder:
         self.known[id(tensor)] = value
         return value
 
-    def pair(self, a: Any, b: Any) -> Any:
-        """One argument, as both recordings have it."""
-        if isinstance(a, Tensor):
-            return self.tensor(a, b)
-        if isinstance(a, (list, tuple)):
-            items: list[Any] = [*a]  # pyright: ignore[reportUnknownVariableType]
-            return tuple(self.pair(x, y) for x, y in zip(items, b, strict=True))
-        if a == b or (isinstance(a, float) and math.isnan(a)):
-            return a
-        if isinstance(a, int) and isinstance(b, int):
-            return self.linear(a, b)
-        raise NotReplayable(f"an argument changes with the rows: {a!r} and {b!r}")
+    def same(self, each: tuple[Any, ...]) -> Any:
+        """One argument, as the recordings have it."""
+        first = each[0]
+        if isinstance(first, Tensor):
+            return self.tensor(each)
+        if isinstance(first, (list, tuple)):
+            return tuple(self.same(items) for items in zip(*each, strict=True))
+        if all(other == first for other in each) or (isinstance(first, float) and math.isnan(first)):
+            return first
+        if all(type(other) is int for other in each):
+            return self.size(each)
+        raise NotReplayable(f"an argument changes with the rows: {', '.join(map(repr, each))}")
 
-    def linear(self, a: int, b: int) -> int | Rows:
-        if a == b:
-            return a
-        factor, rest = divmod(b - a, self.rows[1] - self.rows[0])
-        if rest:
-            raise NotReplayable("a size is no multiple of the rows")
-        return Rows(factor, a - factor * self.rows[0])
+    def size(self, each: tuple[int, ...]) -> int | Size:
+        """The number that depends on columns and wanted rows in this way."""
+        first, *others = each
+        if all(other == first for other in others):
+            return first
+        factors = [0, 0]
+        for other, sizes in zip(others, self.sizes[1:], strict=True):
+            changed = next(axis for axis in (0, 1) if sizes[axis] != self.sizes[0][axis])
+            factors[changed], rest = divmod(other - first, sizes[changed] - self.sizes[0][changed])
+            if rest:
+                raise NotReplayable("a size is no multiple of the rows")
+        constant = first - sum(map(mul, factors, self.sizes[0]))
+        return Size((factors[0], factors[1]), constant)
 
-    def tensor(self, a: Tensor, b: Tensor) -> Value | Tensor:
-        found = self.known.get(id(a))
+    def tensor(self, each: tuple[Tensor, ...]) -> Value | Tensor:
+        first = each[0]
+        found = self.known.get(id(first))
         if isinstance(found, View):
-            return self.emit(torch.as_strided, (found.root, *found.geometry), {}, a)
+            return self.emit(torch.as_strided, (found.root, *found.geometry), {}, first)
         if found is not None:
             return found
-        if a is not b and not (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)):
+        if not all(_are_equal(first, other) for other in each[1:]):
             raise NotReplayable("a tensor of its own changes with the rows")
-        self.known[id(a)] = a
-        return a
+        self.known[id(first)] = first
+        return first
 
     def emit(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], like: Tensor
@@ -121,59 +129,67 @@ class _Builder:
             self.nodes.append(Node(function, arguments, options, [found], like.dtype, like.is_contiguous()))
         return found
 
-    def add(self, a: Call, b: Call) -> None:
-        """One call, of both recordings."""
-        if a.function is not b.function or a.layer is not b.layer or len(a.results) != len(b.results):
-            raise NotReplayable("what it calls changes with the rows")
-        if all(id(result) in self.known for result in a.results):
+    def add(self, calls: tuple[Call, ...]) -> None:
+        """One call, of all recordings."""
+        call = calls[0]
+        results = call.results
+        for other in calls[1:]:
+            if (other.function, other.layer, len(other.results)) != (call.function, call.layer, len(results)):
+                raise NotReplayable("what it calls changes with the rows")
+        if all(id(result) in self.known for result in results):
             return  # nothing was to be done, and the argument itself came back
-        if a.layer is None and self.is_view(a, b):
+        if call.layer is None and self.is_view(calls):
             return
-        arguments, options = (
-            self.pair(a.arguments, b.arguments),
-            {name: self.pair(option, b.options[name]) for name, option in a.options.items()},
-        )
-        if a.layer is not None:
-            value = self.new(a.results[0])
+        arguments = self.same(tuple(each.arguments for each in calls))
+        options = {name: self.same(tuple(each.options[name] for each in calls)) for name in call.options}
+        first = results[0]
+        if call.layer is not None:
+            value = self.new(first)
             self.attended.add(value)
-            self.nodes.append(
-                Node(_attention, (a.layer, *arguments), options, [value], a.results[0].dtype, writes=True)
-            )
-            return
-        if _is_constant((arguments, options)) and sum(map(_size, a.results)) <= FOLDED_BYTES:
-            self.known |= {id(result): result for result in a.results}
-            return
-        if any(result.storage_offset() for result in a.results if result.layout is torch.strided):
-            raise NotReplayable(f"a result begins inside of another ({a.function})")
-        first = a.results[0]
-        if a.function is PACKED:
+            self.nodes.append(Node(_attention, (call.layer, *arguments), options, [value], first.dtype, writes=True))
+        elif _is_constant((arguments, options)) and sum(map(_size, results)) <= FOLDED_BYTES:
+            self.known |= {id(result): result for result in results}
+        elif any(result.storage_offset() for result in results if result.layout is torch.strided):
+            raise NotReplayable(f"a result begins inside of another ({call.function})")
+        elif call.function is PACKED:
             self.known[id(first)] = self.emit(linear.layer_of(arguments[1]).forward, arguments[:1], {}, first)
-        elif len(a.results) == 1:
-            self.known[id(first)] = self.emit(DIRECT.get(a.function, a.function), arguments, options, first)
+        elif len(results) == 1:
+            self.known[id(first)] = self.emit(DIRECT.get(call.function, call.function), arguments, options, first)
         else:
-            self.nodes.append(
-                Node(a.function, arguments, options, [self.new(result) for result in a.results], first.dtype)
-            )
+            values = [self.new(each) for each in results]
+            self.nodes.append(Node(call.function, arguments, options, values, first.dtype))
 
-    def is_view(self, a: Call, b: Call) -> bool:
+    def is_view(self, calls: tuple[Call, ...]) -> bool:
         """Whether the results are parts of the first argument; then they are remembered as such."""
-        source = next((leaf for leaf in _pytree.tree_leaves(a.arguments) if isinstance(leaf, Tensor)), None)
-        other = next((leaf for leaf in _pytree.tree_leaves(b.arguments) if isinstance(leaf, Tensor)), None)
-        if source is None or other is None or source.layout is not torch.strided:
+        sources = tuple(_first_tensor(call) for call in calls)
+        source, results = sources[0], calls[0].results
+        if source is None or source.layout is not torch.strided:
             return False
-        if not all(_storage(result) == _storage(source) and result.dtype == source.dtype for result in a.results):
+        if not all(_storage(result) == _storage(source) and result.dtype == source.dtype for result in results):
             return False
         found = self.known.get(id(source))
-        root = found.root if isinstance(found, View) else self.tensor(source, other)
-        for x, y in zip(a.results, b.results, strict=True):
-            geometry: tuple[Any, ...] = (self.pair(x.shape, y.shape), self.pair(x.stride(), y.stride()))
-            if offset := self.linear(int(x.storage_offset()), int(y.storage_offset())):
-                if root in self.attended:
-                    raise NotReplayable("it takes attention's result apart")
-                geometry = (*geometry, offset)
+        root = found.root if isinstance(found, View) else self.same(sources)
+        for each in zip(*(call.results for call in calls), strict=True):
+            geometry: tuple[Any, ...] = self.same(tuple(map(_geometry, each)))
+            if geometry[-1] == 0:
+                geometry = geometry[:-1]
+            elif root in self.attended:
+                raise NotReplayable("it takes attention's result apart")
             is_fixed = isinstance(root, Tensor) and _is_constant(geometry)
-            self.known[id(x)] = x if is_fixed else View(root, geometry)
+            self.known[id(each[0])] = each[0] if is_fixed else View(root, geometry)
         return True
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def _first_tensor(call: Call) -> Tensor | None:
+    return next((leaf for leaf in _pytree.tree_leaves(call.arguments) if isinstance(leaf, Tensor)), None)
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _attention(layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -191,7 +207,7 @@ def _size(tensor: Tensor) -> int:
 
 def _is_constant(arguments: Any) -> bool:
     leaves = _pytree.tree_leaves(arguments)
-    return not any(isinstance(leaf, (Value, Rows)) for leaf in leaves)
+    return not any(isinstance(leaf, (Value, Size)) for leaf in leaves)
 
 
 def _key(arguments: Any) -> Any:
@@ -201,19 +217,19 @@ def _key(arguments: Any) -> Any:
     return id(arguments) if isinstance(arguments, Tensor) else (type(arguments), arguments)
 
 
-def build(a: Recording, b: Recording) -> Graph:
-    """What two recordings of different numbers of rows have in common.
+def build(*recordings: Recording) -> Graph:
+    """What recordings have in common.  Each but the first differs from it in one of its two sizes, each in another.
 
     Raises:
         NotReplayable: they do different things.
     """
-    builder = _Builder((a.num_rows, b.num_rows))
-    inputs = [builder.new(tensor) for tensor in a.inputs]
-    if len(a.calls) != len(b.calls):
+    builder = _Builder([recording.sizes for recording in recordings])
+    inputs = [builder.new(tensor) for tensor in recordings[0].inputs]
+    if len({len(recording.calls) for recording in recordings}) != 1:
         raise NotReplayable("what it calls changes with the rows")
-    for x, y in zip(a.calls, b.calls, strict=True):
-        builder.add(x, y)
-    result = builder.tensor(a.result, b.result)
+    for calls in zip(*(recording.calls for recording in recordings), strict=True):
+        builder.add(calls)
+    result = builder.tensor(tuple(recording.result for recording in recordings))
     if not isinstance(result, Value):
         raise NotReplayable("its result does not depend on its input")
     return Graph(needed(builder.nodes, result), inputs, result)

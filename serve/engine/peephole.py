@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from serve.engine.program import Graph, Node, Rows, Value, needed, used
+from serve.engine.program import Graph, Node, Size, Value, needed, used
+
+FEW_ROWS = 8
+"""Up to so many a norm takes as long as its calls do; beyond, as its arithmetic."""
 
 
 def simplified(graph: Graph) -> Graph:
@@ -24,12 +28,20 @@ def simplified(graph: Graph) -> Graph:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) * weight``, the quotient rounded to ``x``'s type first.
-
-    Next to its own negative a row has the mean 0 and its mean square as variance, which torch normalises in one kernel.
-    """
+    """``x / rms(x) * weight``, the quotient rounded to ``x``'s type first."""
     size = x.shape[-1]
-    return torch.layer_norm(torch.cat((x, x.neg()), -1), (2 * size,), None, None, eps)[..., :size] * weight
+    if x.numel() <= FEW_ROWS * size:
+        # Next to its own negative a row has the mean 0, and its mean square as variance: all in one kernel.
+        return torch.layer_norm(torch.cat((x, x.neg()), -1), (2 * size,), None, None, eps)[..., :size] * weight
+    rows = x.reshape(-1, size)
+    wide = rows.float() if x.dtype != torch.float32 else rows.clone()
+    roots = torch.addmm(_constant(eps), wide * wide, _constant(1 / size, size)).rsqrt_()
+    return wide.mul_(roots).to(x.dtype).mul_(weight).view(x.shape)
+
+
+@cache
+def _constant(value: float, size: int = 0) -> Tensor:
+    return torch.full((size, 1) if size else (), value)
 
 
 def signed(sines: Tensor) -> Tensor:
@@ -216,11 +228,11 @@ class _Rotations(_Rewriter):
         )
 
 
-def _offset(view: Node) -> int | Rows:
+def _offset(view: Node) -> int | Size:
     return view.arguments[3] if len(view.arguments) > 3 else 0
 
 
-def _moved(offset: int | Rows, by: int) -> int | Rows:
+def _moved(offset: int | Size, by: int) -> int | Size:
     return offset + by if isinstance(offset, int) else replace(offset, constant=offset.constant + by)
 
 

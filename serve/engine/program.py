@@ -20,11 +20,11 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """``factor * num_rows + constant``."""
+class Size:
+    """``factors[0] * num_columns + factors[1] * num_wanted + constant``: a number that depends on the batch."""
 
-    factor: int
-    constant: int
+    factors: tuple[int, int]
+    constant: int = 0
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Graph:
 
 
 def compiled(graph: Graph) -> Callable[..., Tensor]:
-    """The function of a graph: ``(num_rows, *inputs)`` to its result."""
+    """The function of a graph: ``(num_columns, num_wanted, *inputs)`` to its result."""
     return _Writer(graph).function()
 
 
@@ -67,7 +67,7 @@ class _Writer:
     def function(self) -> Callable[..., Tensor]:
         nodes, result = self._graph.nodes, self._graph.result
         last = {value: number for number, node in enumerate(nodes) for value in used(node)}
-        lines = [f"def run(n, {', '.join(map(self._text, self._graph.inputs))}):"]
+        lines = [f"def run(n, k, {', '.join(map(self._text, self._graph.inputs))}):"]
         for number, node in enumerate(nodes):
             targets = ", ".join(self._text(value) for value in node.results)
             lines.append(f" {targets} = {self._call(node)}")
@@ -87,8 +87,9 @@ class _Writer:
         match argument:
             case Value():
                 return f"v{argument.number}"
-            case Rows():
-                return f"{argument.factor}*n+{argument.constant}" if argument.constant else f"{argument.factor}*n"
+            case Size():
+                terms = [f"{factor}*{name}" for factor, name in zip(argument.factors, "nk", strict=True) if factor]
+                return "+".join([*terms, str(argument.constant)] if argument.constant else terms)
             case tuple():
                 items = [self._text(item) for item in argument]  # pyright: ignore[reportUnknownVariableType]
                 return f"({', '.join(items)}{',' * (len(items) == 1)})"

@@ -50,12 +50,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """All calls of one pass, in order, and how many rows it had."""
+    """All calls of one pass, in order.  ``sizes``: its columns, and the rows of logits that were wanted."""
 
     calls: tuple[Call, ...]
     inputs: tuple[Tensor, ...]
     result: Tensor
-    num_rows: int
+    sizes: tuple[int, int]
 
 
 class _Reads(TorchFunctionMode):
@@ -133,4 +133,4 @@ def record(model: Any, inputs: tuple[Tensor, ...], run: Callable[..., Tensor]) -
     interface.register(RECORDED, operators.attend)
     with attention_of(model, RECORDED), _Reads(), operators:
         result = run(*inputs)
-    return Recording(tuple(operators.calls), inputs, result, inputs[0].shape[-1])
+    return Recording(tuple(operators.calls), inputs, result, (inputs[0].shape[-1], inputs[-1].shape[-1]))

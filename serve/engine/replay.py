@@ -1,6 +1,6 @@
-"""Decode steps on the CPU from a recorded program: a small model spends as long in Python as in its small operators.
+"""Steps on the CPU from a recorded program: a small model spends as long in Python as in its small operators.
 
-Recorded once, when a model is loaded, and compared with the model itself on other tokens and another number of rows.
+Recorded when a model is loaded, and compared with the model itself on other tokens in batches of other sizes.
 """
 
 from __future__ import annotations
@@ -16,78 +16,84 @@ from serve.engine.attention import make_context, running
 from serve.engine.kv_cache import KVCache
 from serve.engine.packed import call, inputs_of
 from serve.engine.recorder import NotReplayable, Recording, record
-from serve.engine.sequence import Batch, Sequence
+from serve.engine.sequence import Batch, Chunk, Sequence
 from serve.engine.survey import probe_tokens
 from serve.engine.transfer import NOTHING_DRAWN, Drawn
 from serve.types import GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-RECORDED_ROWS = (2, 3)
-COMPARED_ROWS = (1, 5)
+RECORDED = ((2, 2), (2, 3), (3, 1))
+"""Decodes, and tokens of a prompt: 4 or 5 columns and 2 or 3 rows of logits, so that each number changes alone."""
+COMPARED = ((1, 0), (5, 0), (2, 20))
 """One row is a case of its own to many operators."""
-PROBE_TOKENS = 8
+PROBE_TOKENS = 24
 
 
-class DecodeProgram:
-    """A model's decode step."""
+class StepProgram:
+    """A model's step."""
 
     def __init__(self, model: Any, run: Callable[..., Tensor], cache: KVCache) -> None:
         self._model, self._run, self._cache = model, run, cache
 
     def logits(self, batch: Batch, drawn: Drawn = NOTHING_DRAWN) -> Tensor:
-        """Logits ``[num_decodes, vocab_size]`` of a step without prompts.  ``drawn`` holds what is pending."""
+        """As :func:`serve.engine.packed.forward`."""
         self._cache.move(batch.moves)
         inputs = inputs_of(batch, self._model.device, drawn)
         with running(make_context(batch, self._cache, self._model.dtype, self._model.device)):
-            return self._run(len(batch.decodes), *inputs)[0]
+            return self._run(inputs[0].shape[1], len(inputs[2]), *inputs)[0]
 
 
-def make(model: Any, cache: KVCache) -> DecodeProgram | None:
+def make(model: Any, cache: KVCache) -> StepProgram | None:
     """Record and compare; None where the model cannot be recorded, with the reason logged.
 
     Args:
         model: Its attention is :mod:`serve.engine.attention`.
         cache: Of the steps to come; the probe has one of its own.
     """
-    probe = cache.resized(max(RECORDED_ROWS + COMPARED_ROWS), PROBE_TOKENS)
+    probe = cache.resized(1 + max(num_decodes for num_decodes, _ in RECORDED + COMPARED), PROBE_TOKENS)
     try:
-        graph = builder.build(*(_recorded(model, probe, rows) for rows in RECORDED_ROWS))
-        graph = peephole.simplified(graph)
+        graph = peephole.simplified(builder.build(*(_recorded(model, probe, *sizes) for sizes in RECORDED)))
         run = program.compiled(graph)
-        off_by = max(_off_by(model, DecodeProgram(model, run, probe), probe, rows) for rows in COMPARED_ROWS)
+        off_by = max(_off_by(model, StepProgram(model, run, probe), probe, *sizes) for sizes in COMPARED)
         if not off_by <= gate.TOLERANCE[model.dtype]:
             raise NotReplayable(f"recorded, they are off by {off_by:.2g} of the logits' spread")
     except Exception as error:
         # A program is text made from what was seen: whatever it raises is a reason to do without it.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.info("Decode steps: through the model's modules (%s)", reason)
+        logger.info("Steps: through the model's modules (%s)", reason)
         return None
-    logger.info("Decode steps: recorded, %d operators; off by %.2g of the logits' spread", len(graph.nodes), off_by)
-    return DecodeProgram(model, run, cache)
+    logger.info("Steps: recorded, %d operators; off by %.2g of the logits' spread", len(graph.nodes), off_by)
+    return StepProgram(model, run, cache)
 
 
-def _recorded(model: Any, cache: KVCache, rows: int) -> Recording:
-    batch = _batch(model, rows)
+def _recorded(model: Any, cache: KVCache, num_decodes: int, num_prompt_tokens: int) -> Recording:
+    batch = _batch(model, num_decodes, num_prompt_tokens)
     with running(make_context(batch, cache, model.dtype, model.device)):
         return record(model, inputs_of(batch, model.device), lambda *inputs: call(model, inputs))
 
 
-def _off_by(model: Any, found: DecodeProgram, cache: KVCache, rows: int) -> float:
-    batch = _batch(model, rows)
+def _off_by(model: Any, found: StepProgram, cache: KVCache, num_decodes: int, num_prompt_tokens: int) -> float:
+    batch = _batch(model, num_decodes, num_prompt_tokens)
     with running(make_context(batch, cache, model.dtype, model.device)):
         expected = call(model, inputs_of(batch, model.device))[0]
     return gate.off_by(expected.float(), found.logits(batch).float())
 
 
-def _batch(model: Any, rows: int) -> Batch:
-    """Decodes at different positions, over keys and values that are zero."""
-    tokens = probe_tokens(model.config.get_text_config().vocab_size, rows, 5 * rows)
+def _batch(model: Any, num_decodes: int, num_prompt_tokens: int) -> Batch:
+    """Decodes at different positions, over keys and values that are zero, and the beginning of a longer prompt."""
+    tokens = probe_tokens(model.config.get_text_config().vocab_size, num_decodes + num_prompt_tokens + 1, num_decodes)
     decodes: list[Sequence] = []
-    for slot, token_id in enumerate(tokens):
-        position = 1 + (slot + rows) % (PROBE_TOKENS - 1)
-        request = GenerationRequest(
-            request_id=f"probe-{slot}", prompt_token_ids=(1,) * position, params=SamplingParams(max_tokens=2)
-        )
-        decodes.append(Sequence(request, slot, position, output_token_ids=[token_id]))
-    return Batch((), tuple(decodes), ())
+    for slot, token_id in enumerate(tokens[:num_decodes]):
+        position = 1 + (slot + num_decodes) % (PROBE_TOKENS - 1)
+        decodes.append(_sequence(slot, position, [1] * position))
+        decodes[-1].output_token_ids.append(token_id)
+    prompt = _sequence(num_decodes, 0, tokens[num_decodes:])
+    chunks = (Chunk(prompt, 0, num_prompt_tokens),) if num_prompt_tokens else ()
+    return Batch((), tuple(decodes), chunks)
+
+
+def _sequence(slot: int, num_computed_tokens: int, prompt: list[int]) -> Sequence:
+    params = SamplingParams(max_tokens=2)
+    request = GenerationRequest(request_id=f"probe-{slot}", prompt_token_ids=tuple(prompt), params=params)
+    return Sequence(request, slot, num_computed_tokens)

@@ -28,7 +28,7 @@ from serve.types import GenerationRequest, SamplingParams, TokenLogprob
 if TYPE_CHECKING:
     from serve.engine.alone import AloneForward
     from serve.engine.graphs import DecodeGraphs
-    from serve.engine.replay import DecodeProgram
+    from serve.engine.replay import StepProgram
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class TransformersRunner:
         self._prepared: Any = None
         self.alone_reason: str | None = None
         self._alone: AloneForward | None = None
-        self._decodes: DecodeGraphs | DecodeProgram | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._program: StepProgram | None = None
 
     def prepare(self, files: ModelFiles, phase: Phase) -> None:
         """Import torch and bring the weights into main memory, for a memory snapshot.
@@ -114,14 +115,14 @@ class TransformersRunner:
             from serve.engine import replay  # noqa: PLC0415
 
             with phase("record"), torch.inference_mode():
-                self._decodes = replay.make(self._model, self._cache)
+                self._program = replay.make(self._model, self._cache)
         with phase("warm_up"):
             self._warm_up()
         if self._device.value.type == "cuda" and self._alone is None and self._config.cuda_graphs:
             from serve.engine import graphs  # noqa: PLC0415
 
             with phase("cuda_graphs"), torch.inference_mode():
-                self._decodes = graphs.record_all(self._model, self._cache)
+                self._graphs = graphs.record_all(self._model, self._cache)
 
     def reseed(self) -> None:
         """Draw from now on as no other process does."""
@@ -221,8 +222,8 @@ class TransformersRunner:
 
     @property
     def replays(self) -> bool | None:
-        """Whether decode steps run from a record; None where none is made: on a GPU."""
-        return None if self._device.value.type != "cpu" else self._decodes is not None
+        """Whether steps run from a record; None where none is made: on a GPU."""
+        return None if self._device.value.type != "cpu" else self._program is not None
 
     def step(self, batch: Batch) -> StepOutput:
         """Run a batch to its end.  Raises as :meth:`launch`."""
@@ -271,8 +272,10 @@ class TransformersRunner:
         """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens."""
         if self._alone:
             return self._alone.logits(batch)
-        if self._decodes is not None and not batch.chunks:
-            return self._decodes.logits(batch, self._sampler.drawn)
+        if self._graphs is not None and not batch.chunks:
+            return self._graphs.logits(batch, self._sampler.drawn)
+        if self._program is not None:
+            return self._program.logits(batch, self._sampler.drawn)
         from serve.engine.packed import forward  # noqa: PLC0415
 
         return forward(self._model, batch, self._cache, self._sampler.drawn)

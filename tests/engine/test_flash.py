@@ -98,7 +98,7 @@ async def test_chunks_and_decodes_over_spans_equal_generate(loaded):
         recorded = graphs.DecodeGraphs(loaded.runner._model, loaded.runner._cache, record)
     assert recorded.sizes == [1, 2, 4, 5]
     for decode_graphs in (None, recorded):
-        loaded.runner._decodes = decode_graphs
+        loaded.runner._graphs = decode_graphs
         varlen.calls.clear()
         replays.clear()
         async with loaded.running() as engine:
@@ -108,7 +108,7 @@ async def test_chunks_and_decodes_over_spans_equal_generate(loaded):
         sizes = {count for count, most in varlen.calls if most == 1}
         assert sizes, "the kernel was not used"
         assert (len(replays) > 10) == (decode_graphs is not None)
-    loaded.runner._decodes = None
+    loaded.runner._graphs = None
 
 
 def test_steps_are_recorded_at_buckets_alone(loaded):

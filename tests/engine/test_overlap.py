@@ -127,11 +127,11 @@ def rounded(event: TokenEvent) -> list[tuple[int, float]]:
 async def test_overlapped_steps_equal_steps_read_at_once(loaded, with_graphs):
     if with_graphs:
         with torch.inference_mode():
-            loaded.runner._decodes = graphs.DecodeGraphs(loaded.runner._model, loaded.runner._cache, record)
+            loaded.runner._graphs = graphs.DecodeGraphs(loaded.runner._model, loaded.runner._cache, record)
     requests = mixed_requests()
     plain, never = await answers(loaded, requests, overlaps=False)
     overlapped, ahead = await answers(loaded, requests, overlaps=True)
-    loaded.runner._decodes = None
+    loaded.runner._graphs = None
     assert overlapped == plain
     assert never == 0
     assert ahead > 20

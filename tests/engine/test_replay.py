@@ -1,4 +1,4 @@
-"""Decode steps from a record: the model's own numbers for every number of rows, or no record."""
+"""Steps from a record: the model's own numbers for batches of every size, or no record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny import load, tiny_llama
 from torch import Tensor, nn
-from toy import graph_of
+from toy import graph_of, inputs, of_ids
 
-from serve.engine import gate, packed, program, replay
+from serve.engine import gate, packed, program
 from serve.engine.attention import make_context, running
 from serve.engine.recorder import NotReplayable
-from serve.engine.sequence import Batch, Sequence
+from serve.engine.sequence import Batch, Chunk, Sequence
 from serve.types import GenerationRequest, SamplingParams
 
 WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -50,17 +50,28 @@ def parts(ids: Tensor) -> Tensor:
     return mixed[:, torch.arange(ids.shape[1] - 1, -1, -1)].softmax(-1)
 
 
-@pytest.mark.parametrize("forward", [views, norms, parts])
-def test_program_of_two_sizes_equals_the_function_for_every_size(forward):
+def chosen(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Some rows of logits, beside numbers of all rows; sizes of both kinds in one tensor."""
+    hidden = nn.functional.embedding(ids, WEIGHT)
+    rows = hidden[:, wanted].view(1, -1, 2, 4).transpose(1, 2)
+    both = torch.cat((rows.reshape(1, -1, 4), hidden[..., :4].exp()), 1)
+    return both[:, 1:] * both[:, -1:].expand(1, both.shape[1] - 1, 4)
+
+
+@pytest.mark.parametrize(
+    "forward", [pytest.param(of_ids(each), id=each.__name__) for each in (views, norms, parts)] + [chosen]
+)
+def test_program_of_three_recordings_equals_the_function_for_every_size(forward):
     run = program.compiled(graph_of(forward))
-    for rows in [*range(1, 20), 64, 257]:
-        ids = torch.randint(0, 6, (1, rows), generator=torch.Generator().manual_seed(rows))
-        with torch.inference_mode():
-            assert torch.equal(run(rows, ids), forward(ids)), rows
+    for columns in [*range(1, 20), 64, 257]:
+        for wanted in (1, 2, columns, columns + 3):
+            given = inputs(columns, wanted)
+            with torch.inference_mode():
+                assert torch.equal(run(columns, wanted, *given), forward(*given)), (columns, wanted)
 
 
 def test_program_computes_nothing_twice_or_for_nobody():
-    names = [getattr(node.function, "__name__", "") for node in graph_of(norms).nodes]
+    names = [getattr(node.function, "__name__", "") for node in graph_of(of_ids(norms)).nodes]
     assert names.count("pow") == names.count("rsqrt") == names.count("mean") == 1
     assert not any("exp" in name for name in names)
     assert names.count("add") == 2, "1 + weight is known before"
@@ -70,10 +81,10 @@ def test_program_keeps_one_and_one_point_zero_apart():
     def forward(ids: Tensor) -> Tensor:
         return torch.cat((ids * 1, (ids * 1.0).int()), -1) + (ids * 1.0 / 2).sum()
 
-    run = program.compiled(graph_of(forward))
-    ids = torch.tensor([[1, 2, 3, 5]])
-    assert run(4, ids).dtype == forward(ids).dtype
-    assert torch.equal(run(4, ids), forward(ids))
+    run = program.compiled(graph_of(of_ids(forward)))
+    ids, wanted = inputs(7, 1)
+    assert run(7, 1, ids, wanted).dtype == forward(ids).dtype
+    assert torch.equal(run(7, 1, ids, wanted), forward(ids))
 
 
 COUNTS = torch.zeros(6)
@@ -109,7 +120,7 @@ REFUSED: list[tuple[str, Callable[[Tensor], Any], str]] = [
 @pytest.mark.parametrize(("forward", "reason"), [pytest.param(*row[1:], id=row[0]) for row in REFUSED])
 def test_record_refuses_what_another_pass_would_do_otherwise(forward, reason):
     with pytest.raises(NotReplayable, match=reason):
-        program.compiled(graph_of(forward))
+        program.compiled(graph_of(of_ids(forward)))
 
 
 def decodes(loaded: Any, rows: int, draw: random.Random) -> Batch:
@@ -117,24 +128,30 @@ def decodes(loaded: Any, rows: int, draw: random.Random) -> Batch:
     sequences: list[Sequence] = []
     for slot in range(rows):
         position = draw.randrange(1, loaded.max_model_len)
-        request = GenerationRequest(
-            request_id=str(slot), prompt_token_ids=(1,) * position, params=SamplingParams(max_tokens=1)
-        )
-        token_id = draw.randrange(loaded.vocab_size)
-        sequences.append(Sequence(request, slot, position, output_token_ids=[token_id]))
+        sequences.append(sequence(slot, position, [1] * position))
+        sequences[-1].output_token_ids.append(draw.randrange(loaded.vocab_size))
     return Batch((), tuple(sequences), ())
+
+
+def sequence(slot: int, num_computed_tokens: int, prompt: list[int]) -> Sequence:
+    params = SamplingParams(max_tokens=1)
+    request = GenerationRequest(request_id=str(slot), prompt_token_ids=tuple(prompt), params=params)
+    return Sequence(request, slot, num_computed_tokens)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.01)])
 def test_recorded_step_equals_the_models_own_for_every_batch_size(tmp_path, dtype, tolerance):
     loaded = load(tiny_llama(tmp_path), slots=21, dtype=dtype, num_threads=1)
     runner, draw = loaded.runner, random.Random(1)
-    if not isinstance(runner._decodes, replay.DecodeProgram):
-        pytest.skip("decode steps are recorded on a CPU only; run this test without TRIMARAN_TEST_DEVICE")
+    if runner._program is None:
+        pytest.skip("steps are recorded on a CPU only; run this test without TRIMARAN_TEST_DEVICE")
     for rows in range(1, 22):
         batch = decodes(loaded, rows, draw)
+        if rows % 3 == 0:  # a whole prompt beside them, or a part of one
+            prompt = sequence(rows - 1, 0, [draw.randrange(loaded.vocab_size) for _ in range(3 * rows)])
+            batch = Batch((), batch.decodes[:-1], (Chunk(prompt, 0, draw.choice([2 * rows, 3 * rows])),))
         with torch.inference_mode():
-            got = runner._decodes.logits(batch)
+            got = runner._program.logits(batch)
             expected = packed.forward(runner._model, batch, runner._cache)
         assert gate.off_by(expected.float(), got.float()) <= tolerance, rows
 
@@ -144,9 +161,9 @@ def test_model_that_differs_from_its_record_runs_through_its_modules(tmp_path, m
     monkeypatch.setattr(program, "compiled", lambda graph: lambda *inputs: compiled(graph)(*inputs).flip(-1))
     caplog.set_level("INFO")
     runner = load(tiny_llama(tmp_path)).runner
-    assert not isinstance(runner._decodes, replay.DecodeProgram)
+    assert runner._program is None
     if runner.replays is not None:
-        assert "Decode steps: through the model's modules (recorded, they are off by" in caplog.text
+        assert "Steps: through the model's modules (recorded, they are off by" in caplog.text
 
 
 def test_recording_leaves_the_models_attention_in_place(tmp_path):

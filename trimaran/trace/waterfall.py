@@ -29,7 +29,7 @@ LABELS = {
     "pack": "weights: pack for the CPU",
     "probe": "probe",
     "kv_cache": "KV cache",
-    "record": "decode steps: record",
+    "record": "steps: record",
     "warm_up": "warm-up",
     "cuda_graphs": "CUDA graphs",
     "other": "between the phases",
