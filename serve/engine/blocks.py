@@ -7,18 +7,17 @@ decodes together, which lies in one piece: anything else torch would copy for on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.kv_cache import Room
-from serve.engine.parts import ROWS, BlockView, Part, Piece
+from serve.engine.parts import EVERYTHING, FUSED_BLOCKS, ROWS, BlockView, Index, Part, Piece
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
+class Extras(NamedTuple):
     """What a layer does to its scores besides a softmax."""
 
     scaling: float | None
@@ -36,17 +35,18 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, view: BlockView, extras:
         view: Which of them each part sees.
         extras: Of the layer.
     """
-    outs: list[Tensor] = []
     layer = _Layer(keys, values, view.room)
+    outs: list[Tensor] = []
     for part in view.parts:
-        if part.is_fused:
-            outs.append(_fused(query, keys, values, part, extras))
-            continue
-        rows = _queries(query, part, keys.shape[2], extras.scaling)
-        out = _products(rows, layer, part, extras)
-        if part.num_rows:
+        is_prompt = part.num_rows > 0
+        columns = query if len(view.parts) == 1 else query[:, :, part.begin : part.end]
+        if part.fused:
+            out = _fused(columns, layer, part, keys.shape[2], extras)
+        else:
+            out = _products(_queries(columns, part, keys.shape[2], extras.scaling), layer, part, extras)
+        if is_prompt:
             out = out.view(query.shape[1], part.num_rows, -1)[:, : part.end - part.begin].transpose(0, 1)
-        outs.append(out.view(part.end - part.begin, query.shape[1], -1))
+        outs.append(out if is_prompt else out.view(part.end - part.begin, query.shape[1], -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -59,13 +59,42 @@ class _Layer:
     def __init__(self, keys: Tensor, values: Tensor, room: Room) -> None:
         self._tensors, self._room = (keys, values), room
         self._copied: dict[tuple[int, int], tuple[int, Piece, Tensor]] = {}
+        self._shared: dict[int, tuple[tuple[Index, ...], Tensor]] = {}
 
     def matrices(self, which: int, part: Part) -> Iterator[Tensor]:
         """Of each piece the keys (0) or values (1), ``[num_slots * num_kv_heads, keys, dim]``; valid until the next."""
+        last = len(part.pieces) - 1
         for index, piece in enumerate(part.pieces):
             slot, copied, matrix = self._copied.get((which, index), NOTHING_COPIED)
-            is_there = (slot, copied) == (part.first_slot, piece)
-            yield matrix if is_there else self._matrix(which, part, index)
+            if (slot, copied) != (part.first_slot, piece):
+                matrix = self._matrix(which, part, index)
+            yield matrix if index < last or part.seen is EVERYTHING else matrix[:, part.seen]
+
+    def seen(self, which: int, part: Part) -> Tensor:
+        """``[num_slots, num_kv_heads, keys, dim]`` of ``part.fused``."""
+        tensor = self._tensors[which]
+        if len(part.fused) == 1:
+            found = tensor[part.fused[0]]
+        elif len(part.fused) <= FUSED_BLOCKS:
+            found = torch.cat([tensor[index] for index in part.fused], 2)
+        else:
+            indices, found = self._shared.get(which, ((), tensor))
+            if indices is not part.fused:
+                found = self._concatenated(which, [tensor[index] for index in part.fused])
+                self._shared[which] = part.fused, found
+        return found if part.seen is EVERYTHING else found[:, :, part.seen]
+
+    def _concatenated(self, which: int, views: list[Tensor]) -> Tensor:
+        num_slots, num_heads, _, dim = views[0].shape
+        sizes = [view.shape[2] for view in views]
+        place = which, num_slots, num_heads, dim
+        room = self._room.get(place)
+        if room is None or room.shape[2] < sum(sizes):
+            room = self._room[place] = views[0].new_empty(num_slots, num_heads, 2 * sum(sizes), dim)
+        found = room[:, :, : sum(sizes)]
+        for target, view in zip(torch.split(found, sizes, 2), views, strict=True):
+            target.copy_(view)
+        return found
 
     def _matrix(self, which: int, part: Part, index: int) -> Tensor:
         block, count = piece = part.pieces[index]
@@ -89,11 +118,11 @@ def _queries(query: Tensor, part: Part, num_kv_heads: int, scaling: float | None
     """``[num_slots * num_kv_heads, rows, head_dim]``: query heads of a group become rows; scores need no factor."""
     head_dim = query.shape[3]
     factor: float = head_dim**-0.5 if scaling is None else scaling
-    found = query[0, :, part.begin : part.end] * factor
+    found = query * factor
     if not part.num_rows:
-        return found.transpose(0, 1).reshape(-1, query.shape[1] // num_kv_heads, head_dim)
-    if part.num_rows > found.shape[1]:
-        found = F.pad(found, (0, 0, 0, part.num_rows - found.shape[1]))
+        return found.transpose(1, 2).reshape(query.shape[2] * num_kv_heads, -1, head_dim)
+    if part.num_rows > query.shape[2]:
+        found = F.pad(found, (0, 0, 0, part.num_rows - query.shape[2]))
     return found.reshape(num_kv_heads, -1, head_dim)
 
 
@@ -135,22 +164,14 @@ def _sinks(sinks: Tensor, scores: Tensor, num_rows: int) -> Tensor:
     return sinks.to(scores.dtype).view(1, -1, rows).expand(batch * rows // len(sinks), -1, -1).reshape(batch, rows, 1)
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, part: Part, extras: Extras) -> Tensor:
+def _fused(query: Tensor, layer: _Layer, part: Part, num_kv_heads: int, extras: Extras) -> Tensor:
     """By torch's own kernel, over a copy of the keys where they are more than a block."""
-    block, count = part.pieces[0]
-    begin = part.first_key - block * keys.shape[3]
-    slots, seen = part.last_slot - part.first_slot, slice(begin, begin + part.last_key - part.first_key)
-    found = (each[block : block + count, part.first_slot : part.last_slot] for each in (keys, values))
-    pair = [each.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, seen] for each in found]
-    num_kv_heads, num_rows, mask = keys.shape[2], part.end - part.begin, part.mask
-    rows = query[0, :, part.begin : part.end]
+    count, head_dim, mask = part.last_slot - part.first_slot, query.shape[3], part.mask
     if part.num_rows:
+        grouped = query.reshape(1, num_kv_heads, -1, head_dim)
         mask = None if mask is None else mask.repeat(query.shape[1] // num_kv_heads, 1)
-        grouped = rows.reshape(1, num_kv_heads, -1, rows.shape[2])
     else:
+        grouped = query.transpose(1, 2).reshape(count, num_kv_heads, -1, head_dim)
         mask = None if mask is None else mask[:, None]
-        grouped = rows.transpose(0, 1).reshape(slots, num_kv_heads, -1, rows.shape[2])
-    out = F.scaled_dot_product_attention(grouped, *pair, attn_mask=mask, scale=extras.scaling)
-    if part.num_rows:
-        return out.reshape(query.shape[1], num_rows, -1).transpose(0, 1)
-    return out.reshape(num_rows, query.shape[1], -1)
+    pair = layer.seen(0, part), layer.seen(1, part)
+    return F.scaled_dot_product_attention(grouped, *pair, attn_mask=mask, scale=extras.scaling).contiguous()

@@ -23,13 +23,18 @@ MOST_SLOTS = 32
 """In one product."""
 FEW_SLOTS, COPIED, MOST_BLOCKS = 4, 16, 8
 """Of so few slots up to 8 blocks are copied into one piece, 16 of all slots together."""
-FUSED_BLOCKS = 3
+FUSED_BLOCKS = 6
 """Of all decodes of a part: so few torch's own kernel attends faster."""
 PART_COST, CALL_COST = 12, 5
 """Of a part of a step, and of a piece of it; one block of one sequence is 1.  A few µs on an AMD EPYC of 2022."""
-ROWS = 64
-"""Of a prompt in one product: with more, hidden keys and large scores cost more than is won."""
+ROWS, FUSED_ROWS = 64, 128
+"""Of a prompt at once, in products and by torch's kernel: with more, hidden keys cost more than is won."""
+FEW_ROWS = 16
+"""Of a prompt: too few in float32 to pay for a copy of the keys."""
 
+EVERYTHING = slice(None)
+
+Index = tuple[int, slice, slice, slice]
 Piece = tuple[int, int]
 """A block, and how many follow each other from there."""
 
@@ -43,10 +48,12 @@ class Part:
     """Columns of the step's row."""
     first_slot: int
     last_slot: int
-    first_key: int
-    last_key: int
-    """What any of them sees."""
     pieces: tuple[Piece, ...]
+    fused: tuple[Index, ...]
+    """Where the keys lie that torch's own kernel attends over, if it does: of a layer's cache, block by block.
+
+    The parts of one prompt may share them, so that they are copied once.
+    """
     num_rows: int
     """Of a prompt with its padding; 0: decodes."""
     mask: Tensor | None
@@ -55,8 +62,8 @@ class Part:
     ``[num_slots, 1, keys]`` of decodes, ``[num_rows, keys]`` of a prompt.
     """
     mask_start: int
-    is_fused: bool
-    """By torch's own kernel; the mask is then that of the keys ``first_key:last_key`` alone."""
+    seen: slice
+    """Of the last piece the keys that are multiplied; of ``fused`` those that are attended over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,10 @@ class _Plan:
         self._pattern, self._size, self._dtype = pattern, cache.block_len, dtype
         self._never_fused = cache.has_extras
         self._always_fused = not cache.has_extras and not has_fast_products(dtype)
+        # Products of float32 are MKL's, which reads any part of a block and compiles nothing, but is no faster than
+        # torch's kernel where rows are many.
+        self._is_exact = dtype == torch.float32
+        self._fuses_prompts = self._always_fused or (self._is_exact and not cache.has_extras)
 
     def segments(self, positions: Sequence[int]) -> Sequence[Piece]:
         size, first = self._size, self._pattern.first
@@ -92,43 +103,67 @@ class _Plan:
 
     def decodes(self, begin: int, positions: Sequence[int]) -> Part:
         firsts = [self._pattern.first(position) for position in positions]
-        first_key, last_key, count = min(firsts), max(positions) + 1, len(positions)
-        first_block, last_block = first_key // self._size, (last_key - 1) // self._size + 1
-        is_short = count * (last_block - first_block) <= FUSED_BLOCKS
-        if self._always_fused or (is_short and not self._never_fused):
-            mask = self._mask(positions, range(first_key, last_key)) if count > 1 else None
-            mask, start, pieces, is_fused = mask, 0, ((first_block, last_block - first_block),), True
-        else:
-            base, is_fused = first_block * self._size, False
-            start = 0 if max(firsts) > base else _aligned(min(positions) + 1 - base)
-            mask = self._mask(positions, range(base + start, last_block * self._size))
-            most = min(MOST_BLOCKS, COPIED // count) if count <= FEW_SLOTS else 1
-            pieces = tuple(_pieces(first_block, last_block, most))
-        mask = None if mask is None else mask[:, None]
-        end = begin + count
-        return Part(begin, end, begin, end, first_key, last_key, pieces, 0, mask, start, is_fused)
+        keys, count = range(min(firsts), max(positions) + 1), len(positions)
+        blocks, slots = self._blocks(keys), (begin, begin + count)
+        if self._is_fused(count * len(blocks) <= FUSED_BLOCKS):
+            mask = self._mask(positions, keys) if count > 1 else None
+            mask = None if mask is None else mask[:, None]
+            return Part(*slots, *slots, (), self._indices(keys, slots), 0, mask, 0, EVERYTHING)
+        most = min(MOST_BLOCKS, COPIED // count) if count <= FEW_SLOTS else 1
+        pieces = _pieces(blocks, most)
+        first, last, seen = self._multiplied(blocks, pieces, keys)
+        start = 0 if max(firsts) > first else _aligned(min(positions) + 1 - first)
+        mask = self._mask(positions, range(first + start, last))
+        return Part(*slots, *slots, pieces, (), 0, None if mask is None else mask[:, None], start, seen)
 
     def prompt(self, begin: int, chunk: Chunk) -> Iterator[Part]:
-        for first in range(0, chunk.num_tokens, ROWS):
-            num_tokens = min(ROWS, chunk.num_tokens - first)
-            yield self._rows(begin + first, chunk.sequence.slot, chunk.start + first, num_tokens)
+        slots, stop = (chunk.sequence.slot, chunk.sequence.slot + 1), chunk.start + chunk.num_tokens
+        is_fused = self._always_fused or (self._fuses_prompts and chunk.num_tokens > FEW_ROWS)
+        most, first = FUSED_ROWS if is_fused else ROWS, self._pattern.first(chunk.start)
+        shared = self._indices(range(first, stop), slots) if is_fused else ()
+        for start in range(chunk.start, stop, most):
+            positions = range(start, min(start + most, stop))
+            columns = begin + start - chunk.start, begin + positions.stop - chunk.start
+            keys = range(self._pattern.first(start), positions.stop)
+            if shared:
+                seen = slice(keys.start - first, keys.stop - first)
+                mask = self._mask(positions, keys)
+                yield Part(*columns, *slots, (), shared, len(positions), mask, 0, seen)
+            else:
+                yield self._rows(columns, slots, positions, keys)
 
-    def _rows(self, begin: int, slot: int, position: int, count: int) -> Part:
-        positions, num_rows = range(position, position + count), padded(count)
-        first_key, last_key = self._pattern.first(position), position + count
-        first_block, last_block = first_key // self._size, (last_key - 1) // self._size + 1
-        is_fused = self._always_fused or (last_block - first_block == 1 and not self._never_fused)
-        if is_fused:
-            mask, start = self._mask(positions, range(first_key, last_key)), 0
-            pieces, num_rows = ((first_block, last_block - first_block),), count
-        else:
-            base = first_block * self._size
-            start = 0 if self._pattern.first(last_key - 1) > base else _aligned(position + 1 - base)
-            mask = self._mask(positions, range(base + start, last_block * self._size))
-            mask = None if mask is None else F.pad(mask, (0, 0, 0, num_rows - count))
-            pieces = tuple(_pieces(first_block, last_block, MOST_BLOCKS))
-        ends = begin + count, slot, slot + 1
-        return Part(begin, *ends, first_key, last_key, pieces, num_rows, mask, start, is_fused)
+    def _rows(self, columns: Piece, slots: Piece, positions: range, keys: range) -> Part:
+        blocks = self._blocks(keys)
+        if self._is_fused(len(blocks) == 1):
+            indices, mask = self._indices(keys, slots), self._mask(positions, keys)
+            return Part(*columns, *slots, (), indices, len(positions), mask, 0, EVERYTHING)
+        pieces, num_rows = _pieces(blocks, MOST_BLOCKS), padded(len(positions))
+        first, last, seen = self._multiplied(blocks, pieces, keys)
+        start = 0 if self._pattern.first(positions[-1]) > first else _aligned(positions.start + 1 - first)
+        mask = self._mask(positions, range(first + start, last))
+        if mask is not None:
+            mask = F.pad(mask, (0, 0, 0, num_rows - len(positions)))
+        return Part(*columns, *slots, pieces, (), num_rows, mask, start, seen)
+
+    def _multiplied(self, blocks: range, pieces: tuple[Piece, ...], keys: range) -> tuple[int, int, slice]:
+        """The first key and the one after the last, and what of the last piece that is."""
+        first = blocks.start * self._size
+        if not self._is_exact:
+            return first, blocks.stop * self._size, EVERYTHING
+        return first, keys.stop, slice(keys.stop - pieces[-1][0] * self._size)
+
+    def _is_fused(self, is_cheaper: bool) -> bool:
+        return self._always_fused or (is_cheaper and not self._never_fused)
+
+    def _blocks(self, keys: range) -> range:
+        return range(keys.start // self._size, (keys.stop - 1) // self._size + 1)
+
+    def _indices(self, keys: range, slots: Piece) -> tuple[Index, ...]:
+        size, found = self._size, list[Index]()
+        for block in self._blocks(keys):
+            tokens = slice(max(0, keys.start - block * size), min(size, keys.stop - block * size))
+            found.append((block, slice(*slots), slice(None), tokens))
+        return tuple(found)
 
     def _mask(self, positions: Sequence[int], keys: range) -> Tensor | None:
         if not keys:
@@ -185,11 +220,13 @@ def _aligned(key: int) -> int:
     return key // 32 * 32
 
 
-def _pieces(first: int, last: int, most: int) -> Iterator[Piece]:
+def _pieces(blocks: range, most: int) -> tuple[Piece, ...]:
     """Powers of two, the large ones first."""
-    count = 1 << (max(1, most).bit_length() - 1)
-    while first < last:
-        while count > last - first:
+    found, first = list[Piece](), blocks.start
+    count = 1 << (most.bit_length() - 1)
+    while first < blocks.stop:
+        while count > blocks.stop - first:
             count //= 2
-        yield first, count
+        found.append((first, count))
         first += count
+    return tuple(found)

@@ -173,10 +173,10 @@ def test_shapes_of_products_are_few():
         for length in range(1, 4097, 97):
             for part in parts.block_view(FULL, [length - 1] * count, (), cache, torch.bfloat16).parts:
                 slots = part.last_slot - part.first_slot
-                shapes |= {(slots, 0, piece[1]) for piece in part.pieces if not part.is_fused}
+                shapes |= {(slots, 0, piece[1]) for piece in part.pieces}
     for tokens in range(1, 513, 5):
         for start in (0, 100, 3000):
             chunk = Chunk(SimpleNamespace(slot=1), start, tokens)  # type: ignore[arg-type]
             for part in parts.block_view(FULL, (), (chunk,), cache, torch.bfloat16).parts:
-                shapes |= {(1, part.num_rows, piece[1]) for piece in part.pieces if not part.is_fused}
+                shapes |= {(1, part.num_rows, piece[1]) for piece in part.pieces}
     assert len(shapes) < 80
