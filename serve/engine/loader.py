@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from serve import checkpoint, weight_files
+from serve.engine import lean
 from serve.engine.base import EngineConfig, ModelFiles
 from serve.engine.device import available_memory, choose_dtype, without_cuda
 from serve.errors import ModelLoadError
@@ -25,12 +26,14 @@ HEADROOM = 1.3
 
 def import_transformers() -> None:
     """The slow imports, apart from the weights, so that a cold start's log shows both and reading ahead covers them."""
+    lean.defer_compiler()
     import transformers  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
+    lean.forgo_parallelism()
     # transformers imports a name when it is first touched.
     _ = transformers.AutoModelForCausalLM, transformers.PreTrainedModel, transformers.GenerationMixin
-    importlib.import_module("transformers.masking_utils")  # brings torch._dynamo, as the file of every model does
+    importlib.import_module("transformers.masking_utils")  # the file of every model imports it
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 

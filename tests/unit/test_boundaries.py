@@ -43,6 +43,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/runner.py": {"asyncio"},
     "serve/engine/loader.py": {"asyncio"},
     "serve/engine/kv_cache.py": {"asyncio", "threading"},
+    "serve/engine/lean.py": {"asyncio"},
     "serve/engine/huge_pages.py": TORCH | {"asyncio"},
     "serve/engine/linear.py": {"asyncio", "threading"},
     "serve/engine/joint.py": {"asyncio", "threading"},

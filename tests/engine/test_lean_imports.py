@@ -1,0 +1,44 @@
+"""What a server imports, in a process of its own: this one has imported everything already."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys
+from serve.engine import device
+device.import_torch()
+from serve.engine import loader
+loader.import_transformers()
+import torch
+import transformers
+from transformers.utils import is_torch_distributed_available
+small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)).eval()
+shape = list(model(input_ids=torch.arange(6)[None]).logits.shape)
+told = dict(
+    heavy=[name for name in ("torch._dynamo.convert_frame", "torch._inductor", "torch.distributed.tensor")
+           if name in sys.modules],
+    parallel=[is_torch_distributed_available(), torch.distributed.is_available()],
+    shape=shape,
+    compiled=torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(2)).tolist(),
+    kind=type(torch._dynamo).__name__,
+    disabled=torch._dynamo.disable(lambda: 5)(),
+)
+print(json.dumps(told))
+"""
+
+
+def test_server_imports_no_compiler_and_has_it_when_it_is_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "heavy": [],
+        "parallel": [False, True],
+        "shape": [1, 6, 32],
+        "compiled": [2.0, 2.0],
+        "kind": "module",
+        "disabled": 5,
+    }
