@@ -94,6 +94,9 @@ class Ready:
     def load(self, files: ModelFiles, phase: Any) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
 
 def load(folder: Path, *, chunk: int = 512, slots: int = 4, dtype: str = "float32", **config: Any) -> Loaded:
     """The model in ``folder`` behind a runner on the CPU."""
@@ -111,6 +114,7 @@ def load(folder: Path, *, chunk: int = 512, slots: int = 4, dtype: str = "float3
     )
     runner = TransformersRunner(engine_config)
     runner.load(files, untimed)
+    runner.settle()
     chat = ChatFormat(tokenizer) if tokenizer else None
     return Loaded(runner, files, engine_config, chat, raw["vocab_size"], runner.max_model_len)
 

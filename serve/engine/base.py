@@ -275,6 +275,10 @@ class Runner(Protocol):
         """As :meth:`Engine.reseed`."""
         ...
 
+    def settle(self) -> None:
+        """What makes later steps quicker, but can wait until nobody waits.  Called once, between two steps."""
+        ...
+
     @property
     def overlaps(self) -> bool:
         """Whether a step may be launched before the one before it was read.  Known after ``load``."""

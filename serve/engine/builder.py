@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from serve.engine import attention, linear
-from serve.engine.program import Graph, Node, Size, Value, needed
+from serve.engine.program import Graph, Node, Size, Value, leaves, needed
 from serve.engine.recorder import Call, NotReplayable, Recording
 
 aten: Any = torch.ops.aten
@@ -147,7 +146,7 @@ class _Builder:
             value = self.new(first)
             self.attended.add(value)
             self.nodes.append(Node(_attention, (call.layer, *arguments), options, [value], first.dtype, writes=True))
-        elif _is_constant((arguments, options)) and sum(map(_size, results)) <= FOLDED_BYTES:
+        elif _is_constant((*arguments, *options.values())) and sum(map(_size, results)) <= FOLDED_BYTES:
             self.known |= {id(result): result for result in results}
         elif any(result.storage_offset() for result in results if result.layout is torch.strided):
             raise NotReplayable(f"a result begins inside of another ({call.function})")
@@ -185,7 +184,7 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _first_tensor(call: Call) -> Tensor | None:
-    return next((leaf for leaf in _pytree.tree_leaves(call.arguments) if isinstance(leaf, Tensor)), None)
+    return next((leaf for leaf in leaves(call.arguments) if isinstance(leaf, Tensor)), None)
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
@@ -206,8 +205,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _is_constant(arguments: Any) -> bool:
-    leaves = _pytree.tree_leaves(arguments)
-    return not any(isinstance(leaf, (Value, Size)) for leaf in leaves)
+    return not any(isinstance(leaf, (Value, Size)) for leaf in leaves(arguments))
 
 
 def _key(arguments: Any) -> Any:

@@ -61,6 +61,9 @@ class EchoRunner:
     def reseed(self) -> None:
         """Nothing here is random."""
 
+    def settle(self) -> None:
+        """Nothing here can be quicker."""
+
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         """The whole step at once."""
         output = self.step(batch)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +119,13 @@ def needed(nodes: list[Node], result: Value) -> list[Node]:
 
 def used(node: Node) -> set[Value]:
     """What a node reads."""
-    leaves = _pytree.tree_leaves((node.arguments, node.options))
-    return {leaf for leaf in leaves if isinstance(leaf, Value)}
+    return {leaf for leaf in leaves((*node.arguments, *node.options.values())) if isinstance(leaf, Value)}
+
+
+def leaves(arguments: Any) -> Iterator[Any]:
+    """What nested lists and tuples hold."""
+    if isinstance(arguments, (list, tuple)):
+        for item in arguments:  # pyright: ignore[reportUnknownVariableType]
+            yield from leaves(item)
+    else:
+        yield arguments

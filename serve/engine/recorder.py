@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.engine import attention
@@ -81,13 +81,11 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        result = func(*args, **options)
+        result: Any = func(*args, **options)
         if not self._inside_attention:
-            _check(func, args)
-            leaves = _pytree.tree_leaves(result)
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                raise NotReplayable(f"its forward pass looks at a tensor's numbers ({func})")
-            self.calls.append(Call(func, args, options, tuple(leaves)))
+            _check(func, args, result)
+            results: tuple[Any, ...] = (result,) if isinstance(result, Tensor) else (*result,)
+            self.calls.append(Call(func, args, options, results))
         return result
 
     def attend(
@@ -105,10 +103,12 @@ class _Operators(TorchDispatchMode):
         return out, None
 
 
-def _check(func: Any, args: tuple[Any, ...]) -> None:
-    schema = func._schema
-    if schema.is_mutable and schema.name not in HARMLESS:
-        raise NotReplayable(f"its forward pass writes in place ({func})")
+def _check(func: Any, args: tuple[Any, ...], result: Any) -> None:
+    if not isinstance(result, (Tensor, list, tuple)):
+        raise NotReplayable(f"its forward pass looks at a tensor's numbers ({func})")
+    obstacle = _obstacle(func)
+    if obstacle is None:
+        return
     if func is torch.ops.aten.index.Tensor:
         # An index of numbers gives as many rows as it has; a mask as many as are true.
         indices: list[Tensor | None] = args[1]
@@ -116,8 +116,17 @@ def _check(func: Any, args: tuple[Any, ...]) -> None:
             return
     if func is torch.ops.aten.dropout.default and not args[2]:
         return  # not in training
+    raise NotReplayable(obstacle)
+
+
+@cache
+def _obstacle(func: Any) -> str | None:
+    schema = func._schema
+    if schema.is_mutable and schema.name not in HARMLESS:
+        return f"its forward pass writes in place ({func})"
     if any(tag in func.tags for tag in DYNAMIC):
-        raise NotReplayable(f"what its forward pass computes depends on a tensor's numbers ({func})")
+        return f"what its forward pass computes depends on a tensor's numbers ({func})"
+    return None
 
 
 def record(model: Any, inputs: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Recording:

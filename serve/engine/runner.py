@@ -111,11 +111,6 @@ class TransformersRunner:
         with phase("kv_cache"):
             self._make_cache(bytes_per_token, files.max_model_len)
         self.reseed()
-        if self._device.value.type == "cpu" and self._alone is None:
-            from serve.engine import replay  # noqa: PLC0415
-
-            with phase("record"), torch.inference_mode():
-                self._program = replay.make(self._model, self._cache)
         with phase("warm_up"):
             self._warm_up()
         if self._device.value.type == "cuda" and self._alone is None and self._config.cuda_graphs:
@@ -123,6 +118,14 @@ class TransformersRunner:
 
             with phase("cuda_graphs"), torch.inference_mode():
                 self._graphs = graphs.record_all(self._model, self._cache)
+
+    def settle(self) -> None:
+        """Record the model's steps, on a CPU."""
+        if self._device.value.type == "cpu" and self._alone is None:
+            from serve.engine import replay  # noqa: PLC0415
+
+            self._use_threads()
+            self._program = replay.make(self._model, self._cache)
 
     def reseed(self) -> None:
         """Draw from now on as no other process does."""
@@ -219,11 +222,6 @@ class TransformersRunner:
         """
         wanted = self._device.value.type == "cuda" if self._config.overlap is None else self._config.overlap
         return wanted and self._alone is None
-
-    @property
-    def replays(self) -> bool | None:
-        """Whether steps run from a record; None where none is made: on a GPU."""
-        return None if self._device.value.type != "cpu" else self._program is not None
 
     def step(self, batch: Batch) -> StepOutput:
         """Run a batch to its end.  Raises as :meth:`launch`."""

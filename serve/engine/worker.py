@@ -22,6 +22,11 @@ from serve.types import Batching, EngineStats, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+QUIET_S = 0.2
+"""Without work for so long, the engine does what was left for later."""
+LATER_STEPS = 1000
+"""... or after so many steps: who is never idle gains most from it, for a pause of less than a second."""
+
 
 class StepEngine:
     """An :class:`~serve.engine.base.Engine` around a :class:`Runner`: queue, step loop, delivery."""
@@ -36,6 +41,7 @@ class StepEngine:
         self._thread: threading.Thread | None = None
         self._steps: Steps | None = None
         self._pulse = Pulse()
+        self._is_settled = False
 
     @property
     def max_model_len(self) -> int | None:
@@ -170,6 +176,8 @@ class StepEngine:
                 if steps.has_work:
                     with self._pulse.step():
                         events += steps.turn()
+                    if self._pulse.num_steps == LATER_STEPS:
+                        self._settle()
                 if events:
                     deliver(events)
         except BaseException as error:
@@ -180,10 +188,25 @@ class StepEngine:
         """Carry out all commands, waiting for one when there is nothing to step; False means stop."""
         while True:
             try:
-                command = self._commands.get(block=not (steps.has_work or events))
+                command = self._next(is_idle=not (steps.has_work or events))
             except queue.Empty:
                 return True
             if command is None:
                 return False
             with self._pulse.step():
                 events += steps.obey(command)
+
+    def _next(self, is_idle: bool) -> Command:
+        """The next command, for which only an idle engine waits.  Raises ``queue.Empty``."""
+        if is_idle and not self._is_settled:
+            try:
+                return self._commands.get(timeout=QUIET_S)
+            except queue.Empty:
+                self._settle()
+        return self._commands.get(block=is_idle)
+
+    def _settle(self) -> None:
+        if not self._is_settled:
+            self._is_settled = True
+            with self._pulse.step():
+                self._runner.settle()

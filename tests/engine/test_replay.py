@@ -162,7 +162,7 @@ def test_model_that_differs_from_its_record_runs_through_its_modules(tmp_path, m
     caplog.set_level("INFO")
     runner = load(tiny_llama(tmp_path)).runner
     assert runner._program is None
-    if runner.replays is not None:
+    if runner._device.value.type == "cpu":
         assert "Steps: through the model's modules (recorded, they are off by" in caplog.text
 
 

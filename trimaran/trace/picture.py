@@ -18,7 +18,6 @@ COLOURS = {
     "pack": "#84cc16",
     "probe": "#a855f7",
     "kv_cache": "#ec4899",
-    "record": "#d946ef",
     "warm_up": "#ef4444",
     "cuda_graphs": "#f97316",
     "first_token": "#b91c1c",

@@ -29,7 +29,6 @@ LABELS = {
     "pack": "weights: pack for the CPU",
     "probe": "probe",
     "kv_cache": "KV cache",
-    "record": "steps: record",
     "warm_up": "warm-up",
     "cuda_graphs": "CUDA graphs",
     "other": "between the phases",
