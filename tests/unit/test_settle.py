@@ -6,8 +6,6 @@ import asyncio
 import threading
 from contextlib import nullcontext
 
-import pytest
-
 from serve.engine import worker
 from serve.engine.base import EngineConfig, ModelFiles
 from serve.engine.echo import EOS_TOKEN_ID, EchoRunner, decode, encode
