@@ -37,6 +37,9 @@ LOAD_TIMEOUT_S = 900
 START_TIMEOUT_S = {VLLM: 600.0}
 """It compiles at its first start; the others are ready in seconds."""
 PROMPTS_APART = 100
+WARM_UP = 9_000
+REST_S = 10.0
+"""After a first answer every server may do what it left for later; ours records steps and moves weights."""
 LONG_WORDS = 350
 """Words of padding that make a prompt of about 500 tokens."""
 
@@ -114,6 +117,9 @@ def run_contender(name: str, model: Path, plan: Plan, vllm: Path | None) -> Iter
     with server(peer.command, environment, server_core) as process:
         took_s = wait_until_ready(process, port, peer.ready_path, START_TIMEOUT_S.get(name, 180.0))
         print(f"{name}: ready after {took_s:.1f} s", file=sys.stderr, flush=True)
+        warm_up = ["--concurrency", "1", "--requests", "1", "--max-tokens", "16", "--first", str(WARM_UP)]
+        load(f"http://{HOST}:{port}", peer.model, [*warm_up, *peer.options], client_core)
+        time.sleep(REST_S)
         for number, each in enumerate(plan.loads):
             options = ["--concurrency", str(each.clients), "--requests", str(each.num_requests)]
             options += ["--prompt-words", str(each.prompt_words), "--pid", str(process.pid)]

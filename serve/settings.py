@@ -90,9 +90,7 @@ class Settings(BaseSettings):
         description="An image in a message: refuse is 400; note puts a text in its place that the model cannot see it.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    engine: EngineName = Field(
-        EngineName.TRANSFORMERS, description="transformers; echo (no model); remote (a gateway)."
-    )
+    engine: EngineName = Field(EngineName.TRANSFORMERS, description="transformers; echo (no model); remote (gateway).")
     device: Device = Field(Device.AUTO, description="auto: CUDA when there is a usable GPU, else CPU.")
     dtype: Dtype = Field(Dtype.AUTO, description="auto: bfloat16 where the device has it, else what it can do.")
     cache_dir: Path | None = Field(
@@ -100,6 +98,9 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = Field(True, description="Decode through CUDA graphs where the model allows it.")
     overlap_steps: bool = Field(True, description="On a GPU, launch each step before the last one was read.")
+    itl_target_ms: int = Field(
+        200, ge=1, le=60_000, description="Gap in running streams, in ms, that prompts may make."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: the container's CPU quota.")
 
     remote_url: str = Field(
@@ -264,6 +265,7 @@ class Settings(BaseSettings):
             max_batch_size=self.max_batch_size,
             max_model_len=self.max_model_len,
             max_queue=self.max_queue,
+            itl_target_s=self.itl_target_ms / 1000,
             num_threads=self.threads,
             trust_remote_code=self.trust_remote_code,
             cache_dir=self.cache_dir or cache_if_any(),

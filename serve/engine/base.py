@@ -33,6 +33,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_queue: int = 64
     prefill_chunk_tokens: int = 512
+    itl_target_s: float = 0.2
     num_threads: int | None = None
     trust_remote_code: bool = False
     cache_dir: Path | None = None

@@ -1,7 +1,7 @@
 """How many prompt tokens a step takes, and whose.  Torch-free.
 
 While nobody waits for the next token of an answer a step takes as much as it may.  Else it takes as much as keeps the
-step within a few times the length of a step without prompts, so that running streams do not stall.
+step below the gap that streams may have, or within a few times the length of a step without prompts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from collections.abc import Sequence as Seq
 from serve.engine.sequence import Batch, Chunk, Sequence
 
 MAX_STRETCH = 3.0
-"""A step with prompts may take this many times as long as one without."""
-SHORT_STEP_S = 0.05
-"""... or this long: nobody sees such a gap."""
+"""A step with prompts may take this many times as long as one without, where that is longer than the gap."""
 MIN_TOKENS = 16
 """A step takes at least so many, however slow it is, so that prompts get done."""
 MEMORY = 0.8
@@ -29,10 +27,12 @@ class PrefillBudget:
 
     Args:
         most: Tokens of a step in which nothing else runs.
+        gap_s: Seconds that a step with prompts may take beside running streams.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, gap_s: float) -> None:
         self._most = self._limit = most
+        self._gap_s = gap_s
         self._decode_s: float | None = None
         self._token_s: float | None = None
 
@@ -42,7 +42,7 @@ class PrefillBudget:
             return self._limit
         if self._decode_s is None or self._token_s is None:
             return min(self._limit, max(MIN_TOKENS, self._most // OLDEST_SHARE))
-        room_s = max(self._decode_s * MAX_STRETCH, SHORT_STEP_S) - self._decode_s
+        room_s = max(self._decode_s * MAX_STRETCH, self._gap_s) - self._decode_s
         fitting = self._most if room_s >= self._token_s * self._most else int(room_s / self._token_s)
         return min(self._limit, max(MIN_TOKENS, fitting))
 

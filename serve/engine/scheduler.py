@@ -34,6 +34,7 @@ class Scheduler:
         prefill_chunk_tokens: Prompt tokens of a step in which nothing else runs.
         eos_token_ids: End every sequence that does not ignore them.
         keeps_prefixes: Whether a slot's content outlives its sequence, so that others may go on from it.
+        gap_s: As :class:`~serve.engine.budget.PrefillBudget` has it.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Scheduler:
         prefill_chunk_tokens: int,
         eos_token_ids: frozenset[int],
         keeps_prefixes: bool = False,
+        gap_s: float = 0.2,
     ) -> None:
         self.num_slots = num_slots
-        self.budget = PrefillBudget(prefill_chunk_tokens)
+        self.budget = PrefillBudget(prefill_chunk_tokens, gap_s)
         self._eos_token_ids = eos_token_ids
         self._slots = SlotTable(num_slots, keeps_prefixes)
         self._keeps_prefixes = keeps_prefixes

@@ -59,6 +59,7 @@ class Steps:
             prefill_chunk_tokens=config.prefill_chunk_tokens,
             eos_token_ids=frozenset(token for token in files.eos_token_ids if token < runner.vocab_size),
             keeps_prefixes=runner.keeps_prefixes,
+            gap_s=config.itl_target_s,
         )
 
     @property

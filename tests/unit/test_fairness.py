@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.engine.base import EngineConfig
-from serve.engine.budget import MAX_STRETCH, MIN_TOKENS, PROMPT_LOGPROB_TOKENS, SHORT_STEP_S, PrefillBudget, share
+from serve.engine.budget import MAX_STRETCH, MIN_TOKENS, PROMPT_LOGPROB_TOKENS, PrefillBudget, share
 from serve.engine.echo import EchoEngine
 from serve.engine.scheduler import Batch, Chunk, Scheduler, Sequence
 from serve.engine.turns import FairQueue
@@ -119,9 +119,9 @@ def batch(num_tokens: int, is_decoding: bool) -> Batch:
     return Batch((), (own,) if is_decoding else (), (Chunk(own, 0, num_tokens),) if num_tokens else ())
 
 
-@given(st.floats(0.001, 1.0), st.floats(1e-5, 0.05), st.integers(1, 4096))
-def test_step_with_prompts_stays_within_a_few_steps_without(decode_s, token_s, most):
-    subject = PrefillBudget(most)
+@given(st.floats(0.001, 1.0), st.floats(1e-5, 0.05), st.integers(1, 4096), st.floats(0.001, 2.0))
+def test_step_with_prompts_stays_within_the_gap_or_a_few_steps_without(decode_s, token_s, most, gap_s):
+    subject = PrefillBudget(most, gap_s)
     assert subject.tokens(is_decoding=False) == most
     assert subject.tokens(is_decoding=True) <= most
     for _ in range(60):
@@ -130,14 +130,14 @@ def test_step_with_prompts_stays_within_a_few_steps_without(decode_s, token_s, m
         subject.learn(batch(num_tokens, is_decoding=True), decode_s + token_s * num_tokens)
     num_tokens = subject.tokens(is_decoding=True)
     assert num_tokens <= most
-    allowed_s = max(decode_s * MAX_STRETCH, SHORT_STEP_S) * 1.01
+    allowed_s = max(decode_s * MAX_STRETCH, gap_s) * 1.01
     assert num_tokens == min(MIN_TOKENS, most) or decode_s + token_s * num_tokens <= allowed_s
     fits_more = decode_s + token_s * (num_tokens + 2) <= allowed_s * 0.98
     assert num_tokens == most or most < MIN_TOKENS or not fits_more, "takes less than it could"
 
 
 def test_step_that_does_not_fit_into_memory_is_halved_and_grows_back():
-    subject = PrefillBudget(512)
+    subject = PrefillBudget(512, 0.2)
     sizes = []
     while subject.shrink():
         sizes.append(subject.tokens(is_decoding=False))
