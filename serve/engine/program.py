@@ -50,13 +50,21 @@ class Graph:
     result: Value
 
 
+def source(graph: Graph) -> str:
+    """The text of :func:`compiled`."""
+    return _Writer(graph).source()
+
+
 def compiled(graph: Graph) -> Callable[..., Tensor]:
     """The function of a graph: ``(num_columns, num_wanted, *inputs)`` to its result."""
     return _Writer(graph).function()
 
 
 class _Writer:
-    """Writes a graph as Python source; what is no literal gets a name."""
+    """Writes a graph as Python source: numbers, and names of its own for everything else.
+
+    No text of a model, a file or a request gets into it.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -64,6 +72,11 @@ class _Writer:
         self._by_id: dict[int, str] = {}
 
     def function(self) -> Callable[..., Tensor]:
+        source = self.source()
+        exec(compile(source, "<recorded forward pass>", "exec"), self._names)  # noqa: S102 - see the class
+        return self._names["run"]
+
+    def source(self) -> str:
         nodes, result = self._graph.nodes, self._graph.result
         last = {value: number for number, node in enumerate(nodes) for value in used(node)}
         lines = [f"def run(n, k, {', '.join(map(self._text, self._graph.inputs))}):"]
@@ -73,13 +86,14 @@ class _Writer:
             dead = [value for value in {*used(node), *node.results} if last.get(value, number) == number]
             if names := [self._text(value) for value in dead if value != result]:
                 lines.append(f" del {', '.join(names)}")
-        lines.append(f" return {self._text(result)}")
-        exec(compile("\n".join(lines), "<recorded forward pass>", "exec"), self._names)  # noqa: S102 - our own text
-        return self._names["run"]
+        return "\n".join([*lines, f" return {self._text(result)}"])
 
     def _call(self, node: Node) -> str:
         parts = [self._text(argument) for argument in node.arguments]
-        parts += [f"{name}={self._text(option)}" for name, option in node.options.items()]
+        for name, option in node.options.items():
+            if not name.isidentifier():
+                raise ValueError("an option has a name that is none")
+            parts.append(f"{name}={self._text(option)}")
         return f"{self._name(node.function)}({', '.join(parts)})"
 
     def _text(self, argument: Any) -> str:
@@ -92,9 +106,9 @@ class _Writer:
             case tuple():
                 items = [self._text(item) for item in argument]  # pyright: ignore[reportUnknownVariableType]
                 return f"({', '.join(items)}{',' * (len(items) == 1)})"
-            case bool() | int() | str() | None:
+            case _ if argument is None or type(argument) in {bool, int}:
                 return repr(argument)
-            case float() if math.isfinite(argument):
+            case _ if type(argument) is float and math.isfinite(argument):
                 return repr(argument)
             case _:
                 return self._name(argument)

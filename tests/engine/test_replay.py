@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,22 @@ def test_program_computes_nothing_twice_or_for_nobody():
     assert names.count("pow") == names.count("rsqrt") == names.count("mean") == 1
     assert not any("exp" in name for name in names)
     assert names.count("add") == 2, "1 + weight is known before"
+
+
+NAME = r"[vc]\d+"
+LINE = re.compile(rf" ({NAME}(, {NAME})* = {NAME}\(.*\)|del {NAME}(, {NAME})*|return {NAME})")
+
+
+@pytest.mark.parametrize("forward", [views, norms, parts])
+def test_source_of_a_program_is_numbers_and_names_of_its_own(forward):
+    """Nothing that a model, a file or a request says is ever run as text."""
+    first, *lines = program.source(graph_of(of_ids(forward))).splitlines()
+    assert re.fullmatch(rf"def run\(n, k, {NAME}, {NAME}\):", first)
+    assert all(LINE.fullmatch(line) for line in lines)
+    words = {word for line in lines for word in re.findall(r"[A-Za-z_]\w*\b(?!=)", line)}
+    strange = {word for word in words if not re.fullmatch(NAME, word)}
+    assert strange <= {"n", "k", "del", "return", "None", "True", "False"}, "but for the names of options"
+    assert not any(quote in line for line in lines for quote in "\"'")
 
 
 def test_program_keeps_one_and_one_point_zero_apart():

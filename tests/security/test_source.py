@@ -14,6 +14,9 @@ MODAL = {"trimaran/emulate/modal/container.py", "trimaran/emulate/modal/calls.py
 SHELL = {"trimaran/verify/redeploy.py"}
 """Runs what its user wrote after `--redeploy`, in that user's shell; nothing of it comes from elsewhere."""
 
+TEXT = {"serve/engine/program.py"}
+"""Numbers and names of its own: tests/engine/test_replay.py holds it to that."""
+
 
 @cache
 def files() -> list[tuple[str, ast.Module]]:
@@ -38,7 +41,8 @@ def test_source_runs_no_text() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in {"eval", "exec", "os.system", "os.popen"}, f"{name}:{node.lineno} calls {called}"
+                runs_text = called in {"eval", "exec", "os.system", "os.popen"} and name not in TEXT
+                assert not runs_text, f"{name}:{node.lineno} calls {called}"
                 shell = [word.value for word in node.keywords if word.arg == "shell"]
                 assert name in SHELL or not any(isinstance(value, ast.Constant) and value.value for value in shell), (
                     f"{name} uses a shell"
