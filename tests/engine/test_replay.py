@@ -88,7 +88,7 @@ def test_source_of_a_program_is_numbers_and_names_of_its_own(forward):
     first, *lines = program.source(graph_of(of_ids(forward))).splitlines()
     assert re.fullmatch(rf"def run\(n, k, {NAME}, {NAME}\):", first)
     assert all(LINE.fullmatch(line) for line in lines)
-    words = {word for line in lines for word in re.findall(r"[A-Za-z_]\w*\b(?!=)", line)}
+    words = {word for line in lines for word in re.findall(r"\b[A-Za-z_]\w*\b(?!=)", line)}
     strange = {word for word in words if not re.fullmatch(NAME, word)}
     assert strange <= {"n", "k", "del", "return", "None", "True", "False"}, "but for the names of options"
     assert not any(quote in line for line in lines for quote in "\"'")
