@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 """Token ids and positions, ``[1, T]`` each, and the columns whose logits are wanted, ``[n]``."""
 
 
-def forward(model: Any, batch: Batch, cache: KVCache, drawn: Drawn = NOTHING_DRAWN) -> Tensor:
+def forward(
+    model: Any,
+    batch: Batch,
+    cache: KVCache,
+    drawn: Drawn = NOTHING_DRAWN,
+    compute: Callable[[Any, Inputs], Tensor] | None = None,
+) -> Tensor:
     """Logits ``[n, vocab_size]``: a row of each sampled sequence, then those that predict asked prompt tokens.
 
-    One row of no meaning when there is none of either.  ``drawn`` holds what is pending.
+    One row of no meaning when there is none of either.  ``drawn`` holds what is pending.  ``compute`` stands for
+    :func:`call`.
     """
     cache.move(batch.moves)
     inputs = inputs_of(batch, model.device, drawn)
     with running(make_context(batch, cache, model.dtype, model.device)):
-        return call(model, inputs)[0]
+        return (compute or call)(model, inputs)[0]
 
 
 def call(model: Any, inputs: Inputs) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ class _Rotations(_Rewriter):
         """All nodes; those that an embedding no longer needs are still among them."""
         found = [rotation for node in self._graph.nodes if (rotation := self._rotation(node))]
         self._signed: dict[Value, Value] = {}
+        self._numbers = count(1 + max(value.number for value in (*self._maker, *self._graph.inputs)))
         replaced: dict[int, list[Node]] = {}
         while found:
             first = found.pop(0)
@@ -182,9 +184,7 @@ class _Rotations(_Rewriter):
 
     def _new(self) -> Value:
         """A value that nobody has."""
-        value = Value(1 + max(each.number for each in (*self._maker, *self._graph.inputs)))
-        self._maker[value] = self._graph.nodes[0]
-        return value
+        return Value(next(self._numbers))
 
     def _rotation(self, last: Node) -> _Rotation | None:
         """The embedding that ends with ``last``."""

@@ -72,8 +72,7 @@ class _Writer:
         self._by_id: dict[int, str] = {}
 
     def function(self) -> Callable[..., Tensor]:
-        source = self.source()
-        exec(compile(source, "<recorded forward pass>", "exec"), self._names)  # noqa: S102 - see the class
+        exec(compile(self.source(), "<recorded forward pass>", "exec"), self._names)  # noqa: S102 - see the class
         return self._names["run"]
 
     def source(self) -> str:

@@ -1,6 +1,6 @@
 """Steps on the CPU from a recorded program: a small model spends as long in Python as in its small operators.
 
-Recorded when a model is loaded, and compared with the model itself on other tokens in batches of other sizes.
+Recorded when the engine is first idle, and compared with the model itself on other tokens in batches of other sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from serve.engine import builder, gate, peephole, program
 from serve.engine.attention import make_context, running
 from serve.engine.kv_cache import KVCache
-from serve.engine.packed import call, inputs_of
+from serve.engine.packed import Inputs, call, forward, inputs_of
 from serve.engine.recorder import NotReplayable, Recording, record
 from serve.engine.sequence import Batch, Chunk, Sequence
 from serve.engine.survey import probe_tokens
@@ -43,10 +43,10 @@ class StepProgram:
 
     def logits(self, batch: Batch, drawn: Drawn = NOTHING_DRAWN) -> Tensor:
         """As :func:`serve.engine.packed.forward`."""
-        self._cache.move(batch.moves)
-        inputs = inputs_of(batch, self._model.device, drawn)
-        with running(make_context(batch, self._cache, self._model.dtype, self._model.device)):
-            return self._run(inputs[0].shape[1], len(inputs[2]), *inputs)[0]
+        return forward(self._model, batch, self._cache, drawn, self._compute)
+
+    def _compute(self, _model: Any, inputs: Inputs) -> Tensor:
+        return self._run(inputs[0].shape[1], len(inputs[2]), *inputs)
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def make(model: Any, cache: KVCache) -> StepProgram | None:
     """
     began = time.perf_counter()
     try:
-        expected = [_own(model, cache, *sizes) for sizes in COMPARED]
+        expected = [forward(model, _batch(model, *sizes), _empty(cache)) for sizes in COMPARED]
         if time.perf_counter() - began > len(COMPARED) * SLOW_STEP_S:
             raise NotReplayable("which take so long that a record would win little")
         graph = peephole.simplified(builder.build(*(_recorded(model, cache, *sizes) for sizes in RECORDED)))
@@ -89,13 +89,6 @@ def _recorded(model: Any, cache: KVCache, num_decodes: int, num_prompt_tokens: i
     batch = _batch(model, num_decodes, num_prompt_tokens)
     with running(make_context(batch, _empty(cache), model.dtype, model.device)):
         return record(model, inputs_of(batch, model.device), lambda *inputs: call(model, inputs))
-
-
-def _own(model: Any, cache: KVCache, num_decodes: int, num_prompt_tokens: int) -> Tensor:
-    """The logits of the model's modules."""
-    batch = _batch(model, num_decodes, num_prompt_tokens)
-    with running(make_context(batch, _empty(cache), model.dtype, model.device)):
-        return call(model, inputs_of(batch, model.device))[0]
 
 
 def _batch(model: Any, num_decodes: int, num_prompt_tokens: int) -> Batch:

@@ -176,10 +176,10 @@ class StepEngine:
                 if steps.has_work:
                     with self._pulse.step():
                         events += steps.turn()
-                    if self._pulse.num_steps == LATER_STEPS:
-                        self._settle()
                 if events:
                     deliver(events)
+                if self._pulse.num_steps == LATER_STEPS:
+                    self._settle()
         except BaseException as error:
             logger.exception("The step loop ended")
             die(EngineDead(f"the engine stopped: {type(error).__name__}"))
