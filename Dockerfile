@@ -9,6 +9,21 @@
 # Kept to what older builders accept: no heredocs, no COPY --link, no secret in an environment variable.
 
 ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+# The engine's kernels for CPUs (serve/kernels.py), where torch is built for CPUs or KERNELS=1 asks for them: no other
+# image waits for a compiler, and none carries it.
+FROM ${BASE_IMAGE} AS kernels
+ARG TORCH_INDEX_URL=
+ARG KERNELS=
+# hadolint ignore=DL3008
+RUN case "${KERNELS}${TORCH_INDEX_URL}" in 1*|*/cpu) ;; *) exit 0 ;; esac; \
+    apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY serve/kernels.py serve/__init__.py serve/
+COPY serve/engine/kernels serve/engine/kernels
+RUN case "${KERNELS}${TORCH_INDEX_URL}" in 1*|*/cpu) ;; *) exit 0 ;; esac; \
+    python3 -m serve.kernels
+
 FROM ${BASE_IMAGE} AS app
 
 ENV VIRTUAL_ENV=/venv \
@@ -56,6 +71,8 @@ COPY README.md LICENSE ./
 COPY trimaran trimaran
 COPY serve serve
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
+COPY --from=kernels /src/serve/engine/kernels /kernels
+RUN cp -R /kernels/. "$(python -I -c 'import serve.kernels; print(serve.kernels.FOLDER)')" && rm -r /kernels
 
 # What a first start would find out about the model, once for all starts.  /models keeps it beside the weights.
 RUN if [ -n "${MODEL_ID}" ]; then \

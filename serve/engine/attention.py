@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from serve.engine import blocks, flash, parts
+from serve.engine import blocks, flash, parts, tiles
 from serve.engine.blocks import Extras
 from serve.engine.kv_cache import KVCache, write
 from serve.engine.parts import added
@@ -56,8 +56,8 @@ class View:
     chunks: tuple[ChunkView, ...]
 
 
-AnyView = View | parts.BlockView | flash.SpanView
-"""Of torch's own attention on a GPU, of the CPU's, and of FlashAttention's."""
+AnyView = View | parts.BlockView | flash.SpanView | tiles.TileView
+"""Of torch's own attention on a GPU, of the CPU's, of FlashAttention's, and of the compiled kernel's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class StepContext:
     cache: KVCache
     num_decodes: int
     rows: dict[int, Tensor]
-    """Where each column is written (:meth:`KVCache.rows`)."""
+    """Where each column is written (:meth:`KVCache.rows`); the compiled kernel does that itself."""
     views: dict[Pattern, AnyView]
 
 
@@ -86,11 +86,14 @@ def make_context(batch: Batch, cache: KVCache, dtype: torch.dtype, device: torch
     for pattern in set(cache.patterns):
         if cache.varlen is not None:
             views[pattern] = flash.span_view(pattern, batch, cache.max_len, device)
+        elif cache.kernels is not None:
+            views[pattern] = tiles.tile_view(cache.kernels, pattern, positions, batch.chunks)
         elif cache.in_blocks:
             views[pattern] = parts.block_view(pattern, positions, batch.chunks, cache, dtype)
         else:
             views[pattern] = _view(pattern, positions, batch.chunks, dtype, device)
-    return StepContext(cache, len(positions), cache.rows(slots, columns), views)
+    rows = {} if cache.kernels is not None else cache.rows(slots, columns)
+    return StepContext(cache, len(positions), rows, views)
 
 
 def _view(
@@ -161,9 +164,12 @@ def slot_attention(
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     key_cache, value_cache = step.cache.layer(layer, keys, values)
+    view = step.views[step.cache.patterns[layer]]
+    if isinstance(view, tiles.TileView):
+        extras = Extras(scaling, softcap, s_aux)
+        return tiles.attend(query, key, value, key_cache, value_cache, view, extras).unsqueeze(0), None
     write(key_cache, step.rows, keys)
     write(value_cache, step.rows, values)
-    view = step.views[step.cache.patterns[layer]]
     if isinstance(view, flash.SpanView):
         return _attend_spans(query[0].transpose(0, 1), key_cache, value_cache, step, view, scaling), None
     extras = Extras(scaling, softcap, s_aux)

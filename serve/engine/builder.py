@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import attention, linear
+from serve.engine import attention, compiled, linear
 from serve.engine.program import Graph, Node, Size, Value, leaves, needed
 from serve.engine.recorder import Call, NotReplayable, Recording
 
@@ -152,6 +152,8 @@ class _Builder:
             raise NotReplayable(f"a result begins inside of another ({call.function})")
         elif call.function is PACKED:
             self.known[id(first)] = self.emit(linear.layer_of(arguments[1]).forward, arguments[:1], {}, first)
+        elif call.function is compiled.operator():
+            self.known[id(first)] = self.emit(compiled.layer_of(arguments[1]).compute, arguments[:1], {}, first)
         elif len(results) == 1:
             self.known[id(first)] = self.emit(DIRECT.get(call.function, call.function), arguments, options, first)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import attention, flash, packed
+from serve.engine import attention, flash, packed, tiles
 from serve.engine.base import ModelFiles
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Scheduler
@@ -56,6 +56,7 @@ def examine(model: Any, kept: VerdictFile) -> KVCache:
     verdict = kept.read()
     if verdict is None or verdict.reason is None:
         seen.varlen = flash.choose(seen, model.dtype, model.device)
+        seen.kernels = tiles.choose(seen, model.dtype, model.device)
     source = "compared before" if verdict else "compared now"
     if verdict is None:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from serve.engine.compiled import Library
 from serve.engine.patterns import Pattern
 from serve.engine.scheduler import Move
 from serve.engine.transfer import on_device
@@ -46,6 +47,7 @@ class KVCache:
         dtype: Of the model's keys and values.
         device: Where the model runs.
         patterns: What each layer sees, in the order of the layers.
+        kernels: Those that attend over this cache, if they do (:mod:`serve.engine.tiles`).
 
     ``has_extras`` tells whether some layer's scores need softcaps or sinks, ``varlen`` the kernel of
     :mod:`serve.engine.flash` that attends over this cache, if one does.
@@ -58,13 +60,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         patterns: tuple[Pattern, ...] = (),
+        kernels: Library | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.max_len = max_len
-        self.block_len = min(max_len, BLOCK_LEN)
+        self.block_len = min(max_len, BLOCK_LEN) if kernels is None else BLOCK_LEN
         self.patterns = patterns
         self.has_extras = False
         self.varlen: Callable[..., Tensor] | None = None
+        self.kernels = kernels
         self.room: Room = {}
         self._num_written = [0] * num_slots
         self._dtype = dtype
@@ -117,7 +121,7 @@ class KVCache:
 
     def resized(self, num_slots: int, max_len: int) -> KVCache:
         """A cache of the same layers, all allocated."""
-        made = KVCache(num_slots, max_len, self._dtype, self._device, self.patterns)
+        made = KVCache(num_slots, max_len, self._dtype, self._device, self.patterns, self.kernels)
         made.has_extras, made.varlen = self.has_extras, self.varlen
         for index, (key, value) in self._shapes.items():
             made.layer(index, torch.empty(key, device="meta"), torch.empty(value, device="meta"))

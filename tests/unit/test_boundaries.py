@@ -46,6 +46,9 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/lean.py": {"asyncio"},
     "serve/engine/huge_pages.py": TORCH | {"asyncio"},
     "serve/engine/linear.py": {"asyncio", "threading"},
+    "serve/engine/compiled.py": {"asyncio", "threading"},
+    "serve/engine/tiles.py": {"asyncio", "threading"},
+    "serve/kernels.py": TORCH | WEB | {"serve", "asyncio", "threading"},
     "serve/engine/joint.py": {"asyncio", "threading"},
     "serve/engine/attention.py": {"asyncio", "threading"},
     "serve/engine/blocks.py": {"asyncio", "threading"},
@@ -100,6 +103,8 @@ LAZY_ONLY = TORCH | {"modal", "runpod", "huggingface_hub", "jwt", "opentelemetry
 LAZY_EXEMPT = {
     "serve/engine/alone.py",
     "serve/engine/attention.py",
+    "serve/engine/compiled.py",
+    "serve/engine/tiles.py",
     "serve/engine/builder.py",
     "serve/engine/blocks.py",
     "serve/engine/drawing.py",

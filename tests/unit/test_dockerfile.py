@@ -44,7 +44,7 @@ def test_dockerfile_keeps_to_what_older_builders_accept() -> None:
 
 def test_dockerfile_ends_with_the_stage_that_serves() -> None:
     stages = re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)
-    assert stages == ["app", "runpod", "serve"]
+    assert stages == ["kernels", "app", "runpod", "serve"]
 
 
 def test_weights_layer_has_just_the_files_that_baking_imports() -> None:
