@@ -119,11 +119,11 @@ def _package_sources(scratch: Path) -> Mapping[Path, Path]:
 
 
 def cpu_wheels() -> dict[str, str]:
-    """The build argument that brings torch for the CPU, unless a folder of wheels on this machine has it already."""
+    """The build arguments that bring the CPU's kernels, and torch unless a folder of wheels here has it already."""
     has_wheel = any(
         Path(place).is_dir() and list(Path(place).glob("torch-*+cpu-*")) for place in _pip("find-links").split()
     )
-    return {} if has_wheel else {"TORCH_INDEX_URL": CPU_INDEX}
+    return {"KERNELS": "1"} | ({} if has_wheel else {"TORCH_INDEX_URL": CPU_INDEX})
 
 
 def _pip(name: str) -> str:
