@@ -65,20 +65,38 @@ def test_a_decode_has_the_same_bits_in_every_batch(library: Library) -> None:
     assert torch.equal(attended(library, [300], []), alone[:1])
 
 
-def test_columns_of_a_prompt_have_the_same_bits_in_every_chunk(library: Library) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.kind.name)
+def test_columns_of_a_prompt_have_the_same_bits_in_every_chunk(library: Library, pattern: Pattern) -> None:
     def run(*chunks: tuple[int, int]) -> torch.Tensor:
         generator, parts = torch.Generator().manual_seed(2), list[torch.Tensor]()
         keys, values = (torch.zeros(3, 1, 2, 128, 64, dtype=BF16) for _ in range(2))
         row = [torch.randn(1, heads, 300, 64, generator=generator).to(BF16) for heads in (6, 2, 2)]
         for start, count in chunks:
             columns = [each[:, :, start : start + count] for each in row]
-            spans = torch.tensor([(0, position) for position in range(start, start + count)], dtype=torch.int32)
+            positions = range(start, start + count)
+            spans = torch.tensor([(pattern.first(position), position) for position in positions], dtype=torch.int32)
             tile = torch.tensor([(0, count, 0)], dtype=torch.int32)
             view = tiles.TileView(library, tile, spans, count)
             parts.append(tiles.attend(*columns, keys, values, view, tiles.Extras(None, None, None)))  # type: ignore[arg-type]
         return torch.cat(parts)
 
     assert torch.equal(run((0, 300)), run((0, 37), (37, 100), (137, 163)))
+
+
+@pytest.mark.parametrize("score", [-300.0, -95.0, 1e4])
+@pytest.mark.parametrize("first", [0, 130])
+def test_scores_far_from_0_are_weighed_like_others(library: Library, first: int, score: float) -> None:
+    """Also of the second column, which may see nothing of the tile's first block."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values, query = (torch.randn(*size, 32, generator=generator).to(BF16) for size in ((256,), (256,), (1, 1, 2)))
+    keys[:, 0], query[..., 0] = 1, score
+    new = (each[[150, 151]][None, None] for each in (keys, values))
+    spans = torch.tensor([(100, 150), (first, 151)], dtype=torch.int32)
+    view = tiles.TileView(library, torch.tensor([(0, 2, 0)], dtype=torch.int32), spans, 2)
+    cache = (each.view(2, 1, 1, 128, 32) for each in (keys, values))
+    got = tiles.attend(query, *new, *cache, view, tiles.Extras(1.0, None, None))  # type: ignore[arg-type]
+    weights = (query[0, 0, 1].double() @ keys[first:152].double().T).softmax(0)
+    assert torch.allclose(got[1, 0].double(), weights @ values[first:152].double(), atol=TOLERANCE[BF16] / 2)
 
 
 def test_keys_that_are_not_numbers_stay_with_their_sequence(library: Library) -> None:

@@ -95,18 +95,18 @@ static void soften(const Step *s, const Scratch *m, int64_t row, int64_t vectors
     kept[v] = _mm512_mask_mov_ps(hidden, (__mmask16)(until & ~before), score);
     greatest = _mm512_max_ps(greatest, kept[v]);
   }
-  const float most = m->most[row], reached = _mm512_reduce_max_ps(greatest);
-  float top = reached > most ? reached : most;
-  if (top == -INFINITY) top = 0; // nothing is seen so far
+  const float old = m->most[row], reached = _mm512_reduce_max_ps(greatest), most = reached > old ? reached : old;
+  // While nothing is seen, subtract 0, but keep -INFINITY: the scores to come may all be far below 0.
+  const float top = most == -INFINITY ? 0 : most;
   for (int64_t v = 0; v < vectors; v++) {
     const __m512 weight = exponential(_mm512_sub_ps(kept[v], _mm512_set1_ps(top)));
     total = _mm512_add_ps(total, weight);
     _mm256_storeu_si256((__m256i *)(m->weights + row * BLOCK + v * VECTOR), (__m256i)_mm512_cvtneps_pbh(weight));
   }
-  const __m512 shrunk = exponential(_mm512_set1_ps(most - top));
+  const __m512 shrunk = exponential(_mm512_set1_ps(old - top));
   m->total[row] = m->total[row] * _mm512_cvtss_f32(shrunk) + _mm512_reduce_add_ps(total);
-  m->most[row] = top;
-  if (top != most)
+  m->most[row] = most;
+  if (most != old)
     for (int64_t d = 0; d < s->value_dim; d += VECTOR)
       _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(out + d), shrunk));
 }
