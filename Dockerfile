@@ -13,16 +13,16 @@ ARG BASE_IMAGE=python:3.12-slim-bookworm
 # The engine's kernels for CPUs (serve/kernels.py), where torch is built for CPUs or KERNELS=1 asks for them: no other
 # image waits for a compiler, and none carries it.
 FROM ${BASE_IMAGE} AS kernels
+WORKDIR /src
+ARG EXTRAS=engine
 ARG TORCH_INDEX_URL=
 ARG KERNELS=
 # hadolint ignore=DL3008
-RUN case "${KERNELS}${TORCH_INDEX_URL}" in 1*|*/cpu) ;; *) exit 0 ;; esac; \
+RUN case "${EXTRAS:+${KERNELS}${TORCH_INDEX_URL}}" in 1*|*/cpu|*/cpu/) touch wanted ;; *) exit 0 ;; esac; \
     apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-WORKDIR /src
 COPY serve/kernels.py serve/__init__.py serve/
 COPY serve/engine/kernels serve/engine/kernels
-RUN case "${KERNELS}${TORCH_INDEX_URL}" in 1*|*/cpu) ;; *) exit 0 ;; esac; \
-    python3 -m serve.kernels
+RUN [ ! -e wanted ] || python3 -m serve.kernels
 
 FROM ${BASE_IMAGE} AS app
 
@@ -72,7 +72,8 @@ COPY trimaran trimaran
 COPY serve serve
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 COPY --from=kernels /src/serve/engine/kernels /kernels
-RUN cp -R /kernels/. "$(python -I -c 'import serve.kernels; print(serve.kernels.FOLDER)')" && rm -r /kernels
+RUN find /kernels -name '*.so' -exec cp -t "$(python -I -c 'import serve.kernels; print(serve.kernels.FOLDER)')" {} + \
+ && rm -r /kernels
 
 # What a first start would find out about the model, once for all starts.  /models keeps it beside the weights.
 RUN if [ -n "${MODEL_ID}" ]; then \

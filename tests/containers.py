@@ -22,6 +22,9 @@ from support import eventually
 ROOT = Path(__file__).parent.parent
 HARDENED = ("--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges")
 
+KERNELS = "import json; from serve import kernels; print(json.dumps(sorted(p.name for p in kernels.FOLDER.iterdir())))"
+"""What lies in the folder of the engine's kernels, for :meth:`Container.python`."""
+
 MEASURED: list[tuple[str, str]] = []
 """What was measured on the way, for the summary at the end."""
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from builders import cpu_wheels
-from containers import HARDENED, MEASURED, Image, Served, Tool
+from containers import HARDENED, KERNELS, MEASURED, Image, Served, Tool
 from fake_hub import Hub, serving_hub
 from support import joined, sse_chunks
+
+from serve import kernels
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKEN = "hf_" + "Q7x" * 12
@@ -69,6 +71,13 @@ def test_cpu_image_is_at_most_one_and_a_half_gigabytes(cpu: Image) -> None:
     assert '"pkg:pypi/torch@2.13.0%2Bcpu"' in cpu.bill().read_text()
 
 
+def test_cpu_image_has_the_compiled_kernels_and_no_compiler(cpu: Image) -> None:
+    compiled = [kernels.library().name] if kernels.is_for_this_machine() else []
+    with cpu.running(**OPEN, SERVE_ENGINE="echo") as container:
+        assert container.python(KERNELS) == sorted([*compiled, *(path.name for path in kernels.sources())])
+        assert container.execute("sh", "-c", "command -v cc gcc clang ld").stdout == ""
+
+
 def test_real_weights_answer_within_render_starters_memory(cpu: Image, demo_model: Path) -> None:
     options = (*STARTER, *mounted(demo_model, "/weights"))
     with cpu.serving(options=options, SERVE_MODEL="/weights", SERVE_MAX_MODEL_LEN="1024", **OPEN) as served:
@@ -80,6 +89,8 @@ def test_real_weights_answer_within_render_starters_memory(cpu: Image, demo_mode
         MEASURED.append(("cpu image: run to /health", f"{served.health_s:.2f} s"))
         MEASURED.append(("cpu image: cold start", json.dumps(served.client.get("/version").json()["phases"])))
         assert "Paris" in answer(served)
+        is_fit = kernels.is_for_this_machine() and not kernels.missing_instructions()
+        assert ("Kernels: compiled for this CPU" in served.container.log) == is_fit
 
         body = question("weights", stream=True, max_tokens=200)
         with served.client.stream("POST", "/v1/chat/completions", json=body) as response:

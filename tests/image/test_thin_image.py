@@ -9,8 +9,10 @@ import tomllib
 from collections.abc import Iterator
 
 import pytest
-from containers import HARDENED, MEASURED, ROOT, Image, Served
+from containers import HARDENED, KERNELS, MEASURED, ROOT, Image, Served
 from support import chat, joined, sse_chunks
+
+from serve import kernels
 
 ECHO = {"SERVE_ENGINE": "echo", "SERVE_ALLOW_ANONYMOUS": "true"}
 COMPLETIONS = "/v1/chat/completions"
@@ -49,6 +51,10 @@ def test_image_holds_no_secret_and_no_build_tool(thin: Image, hardened: Served) 
         "import json, pathlib; print(json.dumps([str(p) for p in pathlib.Path('/src').rglob('.*')]))"
     )
     assert hidden == []
+
+
+def test_image_without_torch_has_no_compiled_kernels(hardened: Served) -> None:
+    assert hardened.container.python(KERNELS) == [path.name for path in kernels.sources()]
 
 
 def test_bill_of_materials_has_everything_that_is_installed(thin: Image) -> None:

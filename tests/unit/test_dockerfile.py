@@ -47,6 +47,28 @@ def test_dockerfile_ends_with_the_stage_that_serves() -> None:
     assert stages == ["kernels", "app", "runpod", "serve"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({}, False),
+        ({"TORCH_INDEX_URL": "https://download.pytorch.org/whl/cpu"}, True),
+        ({"TORCH_INDEX_URL": "https://mirror.example/whl/cpu/"}, True),
+        ({"TORCH_INDEX_URL": "https://download.pytorch.org/whl/cu130"}, False),
+        ({"KERNELS": "1"}, True),
+        ({"KERNELS": "1", "TORCH_INDEX_URL": "https://download.pytorch.org/whl/cu130"}, True),
+        ({"KERNELS": "1", "TORCH_INDEX_URL": "https://download.pytorch.org/whl/cpu", "EXTRAS": ""}, False),
+    ],
+)
+def test_only_images_for_cpus_wait_for_a_compiler(arguments: dict[str, str], wanted: bool, tmp_path: Path) -> None:
+    stage = DOCKERFILE[DOCKERFILE.index(" AS kernels") : DOCKERFILE.index(" AS app")]
+    found = re.search(r"^RUN (case .+ esac;)", stage, re.MULTILINE)
+    assert found
+    defaults = dict(re.findall(r"^ARG (\w+)=(.*)$", stage, re.MULTILINE))
+    done = subprocess.run(["sh", "-c", f"{found[1]} echo installs"], cwd=tmp_path, env=defaults | arguments, stdout=-1)
+    assert (done.returncode, done.stdout) == (0, b"installs\n" * wanted)
+    assert (tmp_path / "wanted").exists() == wanted
+
+
 def test_weights_layer_has_just_the_files_that_baking_imports() -> None:
     """One more would bring weights anew whenever it changes; one less breaks the build."""
     copied = re.search(r"^COPY (serve/__init__\.py .+) serve/$", DOCKERFILE, re.MULTILINE)
