@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "engine" / "kernels"
@@ -72,19 +73,18 @@ def compile_library() -> Path:
     if not is_for_this_machine():
         raise NotCompiled(f"The kernels are for x86-64 and Linux, and this is {platform.machine()} and {sys.platform}.")
     command = [*_compiler(), *FLAGS.split(), *(str(path) for path in sources() if path.suffix == ".c")]
-    made = target.with_name(f"{target.name}.{os.getpid()}")
     try:
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise NotCompiled(f"{command[0]} failed:\n{done.stderr.strip()}")
-        old = list(FOLDER.glob("kernels-*.so"))
-        made.replace(target)
-        for path in old:
-            path.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".") as folder:
+            made = Path(folder) / target.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode:
+                raise NotCompiled(f"{command[0]} failed:\n{done.stderr.strip()}")
+            made.replace(target)
+        for path in FOLDER.glob("kernels-*.so"):
+            if path != target:  # which another process may have put here meanwhile, too
+                path.unlink(missing_ok=True)
     except OSError as error:
-        raise NotCompiled(f"{command[0]}: {error}") from error
-    finally:
-        made.unlink(missing_ok=True)
+        raise NotCompiled(f"Compiling failed: {error}") from error
     return target
 
 

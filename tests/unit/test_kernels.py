@@ -59,13 +59,35 @@ def test_other_sources_are_another_library_and_the_old_one_goes(folder: Path, co
     assert not old.exists()
 
 
+def test_library_that_another_process_made_meanwhile_stays(folder: Path, compiler) -> None:
+    compiler(f'echo made > "$2"; echo theirs > {kernels.library()}')
+    assert kernels.compile_library().read_text() == "made\n"
+    assert [path.name for path in folder.glob("*.so*")] == [kernels.library().name]
+
+
+def test_folder_that_cannot_be_written_is_a_reason(
+    folder: Path, compiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = compiler()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert kernels.main() == 1
+    said = capsys.readouterr().err
+    assert "Compiling failed: [Errno 13] Permission denied" in said
+    assert "slower on a CPU" in said
+    assert not log.exists()
+
+
 def test_failed_compilation_leaves_nothing_and_says_what_the_compiler_said(folder: Path, compiler, capsys) -> None:
     compiler('echo half > "$2"; echo "no such header" >&2; exit 3')
     assert kernels.main() == 1
     said = capsys.readouterr().err
     assert "no such header" in said
     assert "slower on a CPU" in said
-    assert not list(folder.glob("*.so*"))
+    assert not list(folder.rglob("*.so*"))
 
 
 def test_missing_compiler_is_named_with_the_way_to_get_one(
