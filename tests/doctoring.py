@@ -20,7 +20,9 @@ ENVIRONMENT = {
     },
     "runpod": {},
     "render": {"RENDER_API_KEY": "rnd-test"},
+    "": {"SERVE_DTYPE": "float32"},
 }
+"""By platform.  On this machine in a format for which there are no kernels, compiled or missing."""
 IMAGE = "docker.io/me/trimaran@sha256:" + "0" * 64
 INDEX = "https://download.pytorch.org/whl/"
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import adapter_files, write
 from click.testing import CliRunner
-from doctoring import IMAGE, INDEX, change, doctor, found, save_good
+from doctoring import ENVIRONMENT, IMAGE, INDEX, change, doctor, found, save_good
 from fake_hub import serving_hub
 from fake_runpod import KEY, serving_runpod_api
 from safetensors.torch import save_file
@@ -61,7 +61,7 @@ def test_good_endpoint_raises_no_alarm_with_a_model_of_the_hub(good: Path, tmp_p
 
 def at_hub(port: int, cache: Path, *arguments: str, **environment: str) -> tuple[int, list[str]]:
     """In a process of its own, because the Hub's client reads its address at import."""
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1", **ENVIRONMENT[""]}
     command = [sys.executable, "-m", "trimaran.cli", "doctor", *arguments, "--json"]
     done = subprocess.run(command, env={**os.environ, **hub, **environment}, capture_output=True, text=True)
     assert done.stdout, done.stderr
@@ -224,7 +224,7 @@ def test_doctor_finds_an_adapter_of_another_base_at_the_hub(good: Path, tmp_path
 
 def test_doctor_speaks_plainly(model: Path):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    done = CliRunner().invoke(main, ["doctor", str(model)])
+    done = CliRunner(env=ENVIRONMENT[""]).invoke(main, ["doctor", str(model)])
     assert done.exit_code == 1
     assert "pickle-weights: " in done.stdout
     assert "  why   Pickle files can run code" in done.stdout

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from doctoring import IMAGE, INDEX, doctor, found
 
+from serve import kernels
+
 
 def smi(folder: Path, cuda: str) -> dict[str, str]:
     """An environment with an ``nvidia-smi`` of its own, of a driver for that CUDA."""
@@ -37,6 +39,54 @@ def test_doctor_compares_this_machines_driver_with_its_torch(tmp_path: Path, mon
     version.write_text("cuda: Optional[str] = '12.8'\n")
     assert found(doctor(**smi(tmp_path, "12.4"))) == []
     assert found(doctor(**smi(tmp_path, "N/A"))) == []
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernels would be, on a machine that they are for."""
+    path = tmp_path / "kernels.so"
+    monkeypatch.setattr(kernels, "is_for_this_machine", lambda: True)
+    monkeypatch.setattr(kernels, "missing_instructions", list)
+    monkeypatch.setattr(kernels, "library", lambda: path)
+    return path
+
+
+def finds_kernels(folder: Path, cuda: str = "N/A", platform: str | None = None, **environment: str) -> bool:
+    """Whether they are a finding; that ``folder`` is no model is another."""
+    given = {**smi(folder, cuda), "SERVE_ENGINE": "transformers", "SERVE_DTYPE": "auto", **environment}
+    return "kernels-not-compiled" in found(doctor(str(folder), platform=platform, **given))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("cuda", "environment", "is_found"),
+    [
+        ("N/A", {}, True),
+        ("N/A", {"SERVE_DTYPE": "bfloat16"}, True),
+        ("N/A", {"SERVE_DTYPE": "float32"}, False),
+        ("N/A", {"SERVE_DEVICE": "cuda"}, False),
+        ("N/A", {"SERVE_ENGINE": "echo"}, False),
+        ("13.0", {}, False),
+        ("13.0", {"SERVE_DEVICE": "cpu"}, True),
+    ],
+)
+def test_doctor_finds_missing_kernels_where_the_cpu_would_compute_with_them(
+    cuda: str, environment: dict[str, str], is_found: bool, tmp_path: Path
+):
+    assert finds_kernels(tmp_path, cuda, **environment) == is_found
+
+
+def test_doctor_asks_for_kernels_on_this_machine_only_while_it_has_none(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert finds_kernels(tmp_path)
+    assert not finds_kernels(tmp_path, platform="render")
+    for name, answer in (("missing_instructions", ["avx512_bf16"]), ("is_for_this_machine", False)):
+        with monkeypatch.context() as other:
+            other.setattr(kernels, name, lambda answer=answer: answer)
+            assert not finds_kernels(tmp_path)
+    library.touch()
+    assert not finds_kernels(tmp_path)
 
 
 @pytest.mark.parametrize(

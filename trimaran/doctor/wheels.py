@@ -1,4 +1,7 @@
-"""Which torch would be installed, here and in an image, and what its CUDA asks of driver, card and platform."""
+"""Which torch would be installed, here and in an image, and what its CUDA asks of driver, card and platform.
+
+Also whether our own kernels are compiled, where this machine's CPU would compute with them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any, cast
 
 import yaml
 
+from serve import kernels
+from serve.setting_values import Device, Dtype, EngineName
 from trimaran.doctor.finding import Finding, Findings, Situation
 from trimaran.doctor.hardware import cards
 from trimaran.platforms.runpod.endpoint import TORCH_CUDA
@@ -26,16 +31,11 @@ PACKAGE = re.compile(r"^(torch|nvidia-[\w-]+|triton)\b", re.IGNORECASE)
 
 def here(situation: Situation) -> Findings:
     """This machine's driver and torch, when the model is to be served here."""
-    smi = shutil.which("nvidia-smi", path=situation.environ.get("PATH"))
     built = _installed_cuda()
-    if situation.platform is not None or smi is None or built is None or situation.settings.device == "cpu":
+    if situation.platform is not None or built is None or situation.settings.device is Device.CPU:
         return
-    try:
-        said = subprocess.run([smi], capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False).stdout  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return
-    found = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", said)
-    if not found:  # no GPU that the driver reaches; the server then takes the CPU, and says so
+    found = _driver_cuda(situation)
+    if found is None:  # no GPU that the driver reaches; the server then takes the CPU, and says so
         return
     if not built:
         yield Finding(
@@ -52,6 +52,36 @@ def here(situation: Situation) -> Findings:
             "torch would find no GPU, and the server would end with status 3.",
             "update the NVIDIA driver, or: pip install --force-reinstall torch --index-url"
             f" https://download.pytorch.org/whl/cu{found[1]}{found[2]}",
+        )
+
+
+def _driver_cuda(situation: Situation) -> re.Match[str] | None:
+    """Major and minor version that this machine's driver runs; None without a GPU that it reaches."""
+    smi = shutil.which("nvidia-smi", path=situation.environ.get("PATH"))
+    if smi is None:
+        return None
+    try:
+        said = subprocess.run([smi], capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False).stdout  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return re.search(r"CUDA Version:\s*(\d+)\.(\d+)", said)
+
+
+def uncompiled(situation: Situation) -> Findings:
+    """Kernels that this machine's CPU could use, when the model is to be served on it in bfloat16."""
+    settings = situation.settings
+    if situation.platform is not None or settings.engine is not EngineName.TRANSFORMERS or _installed_cuda() is None:
+        return
+    if settings.device is Device.CUDA or settings.dtype not in {Dtype.AUTO, Dtype.BFLOAT16}:
+        return
+    if not kernels.is_for_this_machine() or kernels.missing_instructions() or kernels.library().exists():
+        return
+    if settings.device is Device.CPU or _driver_cuda(situation) is None:
+        yield Finding(
+            "kernels-not-compiled",
+            "this CPU has AVX-512 BF16, and the engine's kernels for it are not compiled",
+            "Nothing fails: the server computes with torch's kernels, which take more of the CPU's time.",
+            "python -m serve.kernels, once, where there is a C compiler",
         )
 
 
@@ -213,4 +243,4 @@ def _of_requirements(path: Path) -> Iterator[tuple[str, str]]:
         yield str(path), f"installs {', '.join(found[:3])}: wheels with CUDA"
 
 
-CHECKS = (here, driver, combination, cuda_wheels)
+CHECKS = (here, uncompiled, driver, combination, cuda_wheels)
