@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,14 @@ class Library:
         self.attend = self._function("attend", [POINTER, POINTER, INT])
         self.attend_scratch_size = self._function("attend_scratch_size", [INT, INT, INT], INT)
 
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._own = threading.local()
 
     def scratch(self, num_bytes: int) -> Tensor:
-        """Memory for the kernel's own use, the same from call to call: one thread calls at a time."""
-        if len(self._scratch) < num_bytes:
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._scratch
+        """Memory for the kernel's own use, the same in all calls of a thread: while one computes, others may."""
+        found: Tensor | None = getattr(self._own, "scratch", None)
+        if found is None or found.shape[0] < num_bytes:
+            found = self._own.scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return found
 
     def _function(self, name: str, types: list[Any], result: Any = None) -> Any:
         found = getattr(self._functions, name)
@@ -100,12 +103,14 @@ def _trial(found: Library) -> float:
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(size, generator=generator).to(torch.bfloat16) for size in ((83, 70), (83,)))
     x = torch.randn(9, 70, generator=generator).to(torch.bfloat16)
-    got = linear(found, x, pack(found, weight * 0.1), bias, len(weight))
+    got = linear(found, x, pack(found, weight * 0.1), bias, weight.shape)
     return float((got.float() - functional.linear(x.float(), weight.float() * 0.1, bias.float())).abs().amax()) / 3
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether the kernels compute with this weight, ``[out_features, in_features]``."""
+def can_pack(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels compute with ``[out_features, in_features]`` and ``[out_features]``."""
+    if bias is not None and not (bias.dtype is weight.dtype and bias.is_contiguous() and len(bias) == len(weight)):
+        return False
     return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0
 
 
@@ -118,13 +123,19 @@ def pack(found: Library, weight: Tensor) -> Tensor:
     return panels
 
 
-def linear(found: Library, x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """``[..., in_features]`` to ``[..., out_features]``, as :func:`torch.nn.functional.linear`."""
-    in_features = x.shape[-1]
-    if not x.is_contiguous():
-        x = x.contiguous()
+def linear(found: Library, x: Tensor, panels: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    """``[..., in_features]`` to ``[..., out_features]``, as :func:`torch.nn.functional.linear`.
+
+    ``sizes`` are those of the weight.
+    """
+    out_features, in_features = sizes
+    # The kernel itself checks nothing: it would read and write whatever lies beyond.
     if x.dtype is not torch.bfloat16:
         raise TypeError(f"x must be bfloat16, not {x.dtype}")
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x must end in {in_features} features, not in {x.shape[-1]}")
+    if not x.is_contiguous():
+        x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], out_features)
     found.linear(
         *(x.data_ptr(), in_features, x.numel() // in_features, in_features, out_features, panels.data_ptr()),
@@ -138,26 +149,25 @@ class CompiledLinear(nn.Module):
 
     Args:
         found: With the kernel.
-        weight: ``[out_features, in_features]`` that :func:`can_pack`.
+        weight: ``[out_features, in_features]`` that :func:`can_pack`, together with ``bias``.
         bias: ``[out_features]``.
     """
 
     def __init__(self, found: Library, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self._sizes = self.out_features, self.in_features
         self.bias = bias
         self._library, self._panels = found, pack(found, weight)
         _layers[id(self._panels)] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, as an operator that a recorder sees."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must end in {self.in_features} features, not in {x.shape[-1]}")
         return operator()(x, self._panels, self.bias, self.out_features)
 
     def compute(self, x: Tensor) -> Tensor:
         """The same, without torch's dispatcher."""
-        return linear(self._library, x, self._panels, self.bias, self.out_features)
+        return linear(self._library, x, self._panels, self.bias, self._sizes)
 
 
 _layers: WeakValueDictionary[int, CompiledLinear] = WeakValueDictionary()

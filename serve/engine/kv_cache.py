@@ -186,7 +186,15 @@ class KVCache:
             new.copy_(old)
 
     def extend(self, slot: int, start: int, end: int) -> None:
-        """Tokens ``start`` to ``end`` of a slot are written next; what another sequence left after ``start`` goes."""
+        """Tokens ``start`` to ``end`` of a slot are written next; what another sequence left after ``start`` goes.
+
+        Raises:
+            IndexError: there is no such place; the compiled kernel would write to it all the same.
+        """
+        if slot < 0 or end > self.max_len:
+            raise IndexError(
+                f"slot {slot}, token {end - 1}: the cache has {self.num_slots} slots of {self.max_len} tokens"
+            )
         if self._num_written[slot] > start:
             for tensor in self._tensors():
                 for view in self.tokens(tensor, slot, start, self._num_written[slot]):

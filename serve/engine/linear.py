@@ -153,7 +153,7 @@ def _packed(linears: list[nn.Linear], groups: list[list[nn.Linear]]) -> dict[nn.
 
 def _layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
     found = compiled.library()
-    if found is not None and compiled.can_pack(weight):
+    if found is not None and compiled.can_pack(weight, bias):
         return compiled.CompiledLinear(found, weight, bias)
     return PackedLinear(weight, bias)
 
@@ -164,7 +164,9 @@ def _obstacle(size: int, linears: list[nn.Linear]) -> str | None:
     free = available_ram()
     if size > MEMORY_SHARE * free:
         return f"a second copy of {size >> 20} MiB would leave too little of the {free >> 20} MiB that are free"
-    left = {linear.weight.dtype for linear in linears if not (compiled.can_pack(linear.weight) and compiled.library())}
+    left = {
+        each.weight.dtype for each in linears if not (compiled.can_pack(each.weight, each.bias) and compiled.library())
+    }
     if not all(map(is_usable, left)):
         return "this torch or CPU has no packed operators"
     return None

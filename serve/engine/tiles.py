@@ -109,25 +109,43 @@ def attend(
         view: Which of them each column sees.
         extras: Of the layer.
     """
-    query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
-    num_heads, num_columns, dim = query.shape[1:]
-    num_kv_heads, value_dim = value.shape[1], value.shape[3]
-    out = query.new_empty(num_columns, num_heads, value_dim)
+    _, num_heads, num_columns, dim = query.shape
+    _, num_kv_heads, _, value_dim = value.shape
     sinks = None if extras.sinks is None else extras.sinks.float().contiguous()
+    num_blocks, num_slots = keys.shape[:2]
+    # The kernel itself checks nothing: it would read and write whatever lies beyond.
+    if not (
+        query.dtype is key.dtype is value.dtype is torch.bfloat16
+        and key.shape == (1, num_kv_heads, num_columns, dim)
+        and value.shape[2] == view.spans.shape[0] == num_columns
+        and keys.shape == (num_blocks, num_slots, num_kv_heads, BLOCK_LEN, dim)
+        and values.shape == (num_blocks, num_slots, num_kv_heads, BLOCK_LEN, value_dim)
+        and num_heads % num_kv_heads == 0
+        and (sinks is None or sinks.shape == (num_heads,))
+    ):
+        raise ValueError(_misfit(query=query, key=key, value=value, keys=keys, values=values, sinks=sinks))
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    out = query.new_empty(num_columns, num_heads, value_dim)
     num_threads, library = torch.get_num_threads(), view.library
     rows = view.most_columns * (num_heads // num_kv_heads)
     size: int = library.attend_scratch_size(rows, dim, value_dim)
     scratch = library.scratch(size * num_threads)
     step = Step(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
-        *(stride for each in (query, key, value) for stride in each.stride()[1:3]),
+        *(*query.stride()[1:3], *key.stride()[1:3], *value.stride()[1:3]),
         *(keys.data_ptr(), values.data_ptr(), out.data_ptr(), None if sinks is None else sinks.data_ptr()),
-        *(view.tiles.data_ptr(), view.spans.data_ptr(), len(view.tiles), keys.shape[1]),
+        *(view.tiles.data_ptr(), view.spans.data_ptr(), view.tiles.shape[0], num_slots),
         *(num_heads, num_kv_heads, dim, value_dim, scratch.data_ptr(), size),
         *(dim**-0.5 if extras.scaling is None else extras.scaling, extras.softcap or 0.0),
     )
     library.attend(ctypes.byref(step), library.parallel, num_threads)
     return out
+
+
+def _misfit(**tensors: Tensor | None) -> str:
+    known = (f"{name} {each.dtype} {tuple(each.shape)}" for name, each in tensors.items() if each is not None)
+    return f"attention is given tensors that do not fit each other or the step: {', '.join(known)}"
 
 
 def _int32(rows: list[tuple[int, ...]]) -> Tensor:

@@ -84,3 +84,11 @@ def test_shapes_of_products_are_few():
             for part in parts.block_view(FULL, (), (chunk,), cache, torch.bfloat16).parts:
                 shapes |= {(1, part.num_rows, piece[1]) for piece in part.pieces}
     assert len(shapes) < 80
+
+
+def test_places_that_a_cache_does_not_have_are_refused():
+    cache = KVCache(2, 300, torch.float32, CPU, (FULL,))
+    cache.extend(1, 0, 300)
+    for slot, end in ((0, 301), (-1, 1), (2, 1)):
+        with pytest.raises(IndexError):
+            cache.extend(slot, end - 1, end)

@@ -77,10 +77,14 @@ def test_linear_refuses_what_it_would_read_wrongly(library: Library) -> None:
     layer = CompiledLinear(library, made(40, 24), None)
     with pytest.raises(TypeError, match="float32"), torch.inference_mode():
         layer(torch.ones(2, 24))
-    with pytest.raises(ValueError, match="24 features, not in 26"), torch.inference_mode():
-        layer(made(2, 26))
-    assert not compiled.can_pack(made(4, 7)), "pairs along an odd number of features"
-    assert not compiled.can_pack(torch.ones(4, 8))
+    for run in (layer, layer.compute):
+        with pytest.raises(ValueError, match="24 features, not in 26"), torch.inference_mode():
+            run(made(2, 26))
+    assert compiled.can_pack(made(4, 8), made(4))
+    assert not compiled.can_pack(made(4, 7), None), "pairs along an odd number of features"
+    assert not compiled.can_pack(torch.ones(4, 8), None)
+    for bias in (torch.ones(4), made(3), made(1).expand(4), made(8)[::2]):
+        assert not compiled.can_pack(made(4, 8), bias)
 
 
 def test_operator_and_direct_call_give_the_same(library: Library) -> None:

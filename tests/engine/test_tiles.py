@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,42 @@ def test_keys_that_are_not_numbers_stay_with_their_sequence(library: Library) ->
     view = tiles.tile_view(library, FULL, [199, 129, 6], ())
     got = tiles.attend(row[0], row[1], row[2], keys, values, view, tiles.Extras(None, None, None))
     assert [bool(each.isnan().any()) for each in got] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"query": torch.ones(1, 4, 2, 32)},
+        {"query": torch.ones(1, 5, 2, 32, dtype=BF16)},
+        {"query": torch.ones(1, 4, 3, 32, dtype=BF16), "key": torch.ones(1, 2, 3, 32, dtype=BF16)},
+        {"key": torch.ones(1, 2, 2, 32)},
+        {"key": torch.ones(1, 2, 2, 64, dtype=BF16)},
+        {"key": torch.ones(1, 4, 2, 32, dtype=BF16), "value": torch.ones(1, 4, 2, 32, dtype=BF16)},
+        {"value": torch.ones(1, 2, 1, 32, dtype=BF16)},
+        {"keys": torch.zeros(1, 1, 2, 64, 32, dtype=BF16)},
+        {"values": torch.zeros(1, 1, 2, 128, 16, dtype=BF16)},
+    ],
+    ids=lambda wrong: "-".join(f"{name}-{each.dtype}-{tuple(each.shape)}" for name, each in wrong.items()),
+)
+def test_tensors_that_do_not_fit_are_refused(library: Library, wrong: dict[str, torch.Tensor]) -> None:
+    given = {"query": torch.ones(1, 4, 2, 32, dtype=BF16)}
+    given |= {name: torch.ones(1, 2, 2, 32, dtype=BF16) for name in ("key", "value")}
+    given |= {name: torch.zeros(1, 1, 2, 128, 32, dtype=BF16) for name in ("keys", "values")}
+    tile, spans = (torch.tensor(rows, dtype=torch.int32) for rows in ([(0, 2, 0)], [(0, 0), (0, 1)]))
+    view = tiles.TileView(library, tile, spans, 2)
+    assert tiles.attend(**given, view=view, extras=tiles.Extras(None, None, torch.ones(4))).shape == (2, 4, 32)
+    with pytest.raises(ValueError, match="do not fit"):
+        tiles.attend(**given, view=view, extras=tiles.Extras(None, None, torch.ones(3)))
+    with pytest.raises(ValueError, match="do not fit"):
+        tiles.attend(**given | wrong, view=view, extras=tiles.Extras(None, None, None))
+
+
+def test_each_thread_has_memory_of_its_own(library: Library) -> None:
+    ours = library.scratch(4096)
+    assert library.scratch(100) is ours
+    with ThreadPoolExecutor(1) as threads:
+        theirs = threads.submit(library.scratch, 4096).result()
+    assert theirs.data_ptr() != ours.data_ptr()
 
 
 FAMILIES = [

@@ -46,7 +46,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "serve/engine/lean.py": {"asyncio"},
     "serve/engine/huge_pages.py": TORCH | {"asyncio"},
     "serve/engine/linear.py": {"asyncio", "threading"},
-    "serve/engine/compiled.py": {"asyncio", "threading"},
+    "serve/engine/compiled.py": {"asyncio"},
     "serve/engine/tiles.py": {"asyncio", "threading"},
     "serve/kernels.py": TORCH | WEB | {"serve", "asyncio", "threading"},
     "serve/engine/joint.py": {"asyncio", "threading"},
