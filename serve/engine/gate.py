@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import attention, flash, packed, tiles
+from serve import kernels
+from serve.engine import attention, compiled, flash, packed, tiles
 from serve.engine.base import ModelFiles
 from serve.engine.kv_cache import KVCache
 from serve.engine.scheduler import Scheduler
@@ -37,8 +38,13 @@ UNREACHABLE = -6e4
 
 
 def verdict_file(files: ModelFiles, dtype: torch.dtype, device: torch.device, cache_dir: Path | None) -> VerdictFile:
-    """Where the verdict on these files is kept: by versions, number format and kind of device."""
+    """Where the verdict on these files is kept: by versions, number format and kind of device.
+
+    In bfloat16 on a CPU also by the compiled kernels: an image may be built on a machine that cannot use them.
+    """
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if place == "cpu" and dtype is torch.bfloat16 and compiled.library() is not None:
+        place = kernels.library().name
     folders = [files.folder] if files.adapter is None else [files.folder, files.adapter]
     return VerdictFile(cache_dir, folders, [torch.__version__, version("transformers"), str(dtype), place])
 

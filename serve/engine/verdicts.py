@@ -17,7 +17,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("attention", "flash", "gate", "kv_cache", "packed", "patterns", "scheduler", "survey")
+_SOURCES = (
+    *("attention", "blocks", "compiled", "flash", "gate", "kv_cache", "packed", "parts", "patterns", "scheduler"),
+    *("survey", "tiles"),
+)
 """Modules of the engine whose change makes a comparison void."""
 
 BESIDE = ".trimaran"

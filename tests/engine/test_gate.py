@@ -17,8 +17,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from serve import compare
-from serve.engine import gate, survey
+from serve import compare, kernels
+from serve.engine import compiled, gate, survey
 from serve.engine.attention import NAME
 from serve.engine.base import EngineConfig, ModelFiles
 from serve.engine.patterns import FULL, Kind, Pattern
@@ -160,6 +160,25 @@ def test_refusal_is_kept_too(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "survey", lambda model: None)
     with pytest.raises(NotBatchable, match="wrong by 3"):
         gate.examine(model, kept)
+
+
+def test_comparison_without_the_compiled_kernels_says_nothing_about_them(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    files = ModelFiles(folder=tmp_path / "model", decode=str, eos_token_ids=frozenset(), max_model_len=64)
+
+    def kept(dtype: torch.dtype) -> VerdictFile:
+        return gate.verdict_file(files, dtype, torch.device("cpu"), tmp_path / "kept")
+
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    for dtype in (torch.bfloat16, torch.float32):
+        kept(dtype).write(Verdict(None, 0.1))
+    monkeypatch.setattr(compiled, "library", lambda: "found")
+    assert kept(torch.bfloat16).read() is None
+    assert kept(torch.float32).read() == Verdict(None, 0.1)
+    kept(torch.bfloat16).write(Verdict(None, 0.2))
+    assert kept(torch.bfloat16).read() == Verdict(None, 0.2)
+    monkeypatch.setattr(kernels, "FLAGS", "-O0")
+    assert kept(torch.bfloat16).read() is None, "of other sources or flags"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
