@@ -24,7 +24,7 @@ from serve import kernels
 
 logger = logging.getLogger(__name__)
 
-POINTER, INT = ctypes.c_void_p, ctypes.c_int64
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 TOLERANCE = 0.02
 """Of the trial, whose results are about 1: bfloat16 keeps 8 bits."""
@@ -47,6 +47,9 @@ class Library:
         self.linear_pack = self._function("linear_pack", [POINTER, INT, INT, POINTER])
         self.linear_packed_size = self._function("linear_packed_size", [INT, INT], INT)
         self.attend = self._function("attend", [POINTER, POINTER, INT])
+        self.rms_norm = self._function("rms_norm", [POINTER, *[INT] * 3, POINTER, FLOAT, POINTER, POINTER, INT])
+        self.silu_gate = self._function("silu_gate", [*[POINTER, INT] * 2, INT, INT, POINTER, POINTER, INT])
+        self.rotate = self._function("rotate", [POINTER, *[INT] * 5, *[POINTER] * 4, INT])
         self.attend_scratch_size = self._function("attend_scratch_size", [INT, INT, INT], INT)
 
         self._own = threading.local()

@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from serve.engine.program import Graph, Node, Size, Value, needed, used
+from serve.engine.rows import ROTARY_STEP, Rows
 
 FEW_ROWS = 8
 """Up to so many a norm takes as long as its calls do; beyond, as its arithmetic."""
 
 
-def simplified(graph: Graph) -> Graph:
-    """The same computation in fewer operators."""
-    nodes = _Norms(graph).rewritten()
-    nodes = _Rotations(replace(graph, nodes=nodes)).rewritten()
+def simplified(graph: Graph, rows: Rows | None = None) -> Graph:
+    """The same computation in fewer operators: those of ``rows``, where they are given and can do it."""
+    nodes = _Norms(graph, rows).rewritten()
+    nodes = _Gates(replace(graph, nodes=nodes), rows).rewritten()
+    nodes = _Rotations(replace(graph, nodes=nodes), rows).rewritten()
     return replace(graph, nodes=needed(nodes, graph.result))
 
 
@@ -65,8 +68,8 @@ def rotated_pair(x: Tensor, cosines: Tensor, sines: Tensor, sizes: tuple[int, in
 class _Rewriter:
     """Knows who makes and who reads each value."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, rows: Rows | None) -> None:
+        self._graph, self._rows = graph, rows
         self._maker = {value: node for node in graph.nodes for value in node.results}
         self._readers: dict[Value, list[Node]] = {}
         for node in graph.nodes:
@@ -131,7 +134,30 @@ class _Norms(_Rewriter):
         weights = [argument for argument in last.arguments if isinstance(argument, Tensor)]
         if len(weights) != 1 or weights[0].dim() != 1:
             return None
-        return id(last), replace(last, function=rms_norm, arguments=(x, weights[0], eps))
+        is_for_rows = last.dtype == weights[0].dtype == torch.bfloat16 and weights[0].is_contiguous()
+        function = self._rows.rms_norm if self._rows and is_for_rows else rms_norm
+        return id(last), replace(last, function=function, arguments=(x, weights[0], eps))
+
+
+class _Gates(_Rewriter):
+    """``silu(x) * y``."""
+
+    def rewritten(self) -> list[Node]:
+        """All nodes; those that a gate no longer needs are still among them."""
+        if self._rows is None:
+            return self._graph.nodes
+        return [self._gate(node, self._rows) or node for node in self._graph.nodes]
+
+    def _gate(self, last: Node, rows: Rows) -> Node | None:
+        if last.function is not torch.mul or last.options or not self.may_be_contiguous(last):
+            return None
+        for x, y in (last.arguments, last.arguments[::-1]):
+            silu, other = self.made(x, functional.silu), self._maker.get(y) if isinstance(y, Value) else None
+            if silu is None or other is None or self.only_reader(silu, torch.mul) is not last:
+                continue
+            if {last.dtype, silu.dtype, other.dtype} == {torch.bfloat16}:
+                return replace(last, function=rows.silu_gate, arguments=(silu.arguments[0], y))
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +190,14 @@ class _Rotations(_Rewriter):
 
     def _nodes(self, first: _Rotation, partner: _Rotation | None) -> list[Node]:
         nodes = list[Node]()
+        alone, in_pairs = (self._rows.rotated, self._rows.rotated_pair) if self._rows and self._fits(first) else (rotated, rotated_pair)
         sines = self._signed.get(first.sines)
         if sines is None:
             sines = self._signed[first.sines] = self._new()
             nodes.append(Node(signed, (first.sines,), {}, [sines]))
         if partner is None:
             arguments = first.x.results[0], first.cosines, sines
-            return [*nodes, replace(first.last, function=rotated, arguments=arguments)]
+            return [*nodes, replace(first.last, function=alone, arguments=arguments)]
         root, (one, heads, *rest), *place = first.x.arguments
         more = partner.x.arguments[1][1]
         both, whole = self._new(), (root, (one, heads + more, *rest), *place)
@@ -179,8 +206,18 @@ class _Rotations(_Rewriter):
         return [
             *nodes,
             replace(first.x, arguments=whole, results=[both]),
-            replace(first.last, function=rotated_pair, arguments=arguments, results=results),
+            replace(first.last, function=in_pairs, arguments=arguments, results=results),
         ]
+
+    def _fits(self, found: _Rotation) -> bool:
+        """Whether there is a kernel that computes it."""
+        sizes, strides = found.x.arguments[1:3]
+        if len(sizes) != 4 or sizes[0] != 1 or strides[3] != 1 or sizes[3] % ROTARY_STEP:
+            return False
+        angles = [self.made(value, torch.as_strided) for value in (found.cosines, found.sines)]
+        are_one_head = all(each is not None and each.arguments[1] == (1, 1, *sizes[2:]) for each in angles)
+        dtypes = {node.dtype for node in (found.last, found.x, *angles) if node is not None}
+        return are_one_head and dtypes == {torch.bfloat16}
 
     def _new(self) -> Value:
         """A value that nobody has."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import builder, gate, peephole, program
+from serve.engine import builder, gate, peephole, program, rows
 from serve.engine.attention import make_context, running
 from serve.engine.kv_cache import KVCache
 from serve.engine.packed import Inputs, call, forward, inputs_of
@@ -62,7 +62,8 @@ def make(model: Any, cache: KVCache) -> StepProgram | None:
         expected = [forward(model, _batch(model, *sizes), _empty(cache)) for sizes in COMPARED]
         if time.perf_counter() - began > len(COMPARED) * SLOW_STEP_S:
             raise NotReplayable("which take so long that a record would win little")
-        graph = peephole.simplified(builder.build(*(_recorded(model, cache, *sizes) for sizes in RECORDED)))
+        graph = builder.build(*(_recorded(model, cache, *sizes) for sizes in RECORDED))
+        graph = peephole.simplified(graph, rows.find(model.dtype, model.device))
         run = program.compiled(graph)
         got = [StepProgram(model, run, _empty(cache)).logits(_batch(model, *sizes)) for sizes in COMPARED]
         off_by = max(gate.off_by(a.float(), b.float()) for a, b in zip(expected, got, strict=True))

@@ -109,7 +109,7 @@ static inline __attribute__((always_inline)) void multiply_registers(
     for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + r * p->sums_row + v * VECTOR, sum[r][v]);
 }
 
-static void multiply_rows(const Product *p, int64_t row, int64_t column, int64_t rows, const int vectors) {
+static inline void multiply_rows(const Product *p, int64_t row, int64_t column, int64_t rows, const int vectors) {
   switch (rows) {
 #define CASE(R) case R: \
     if (vectors == 4) multiply_registers(p, row, column, R, 4); \
@@ -126,7 +126,7 @@ static void multiply_rows(const Product *p, int64_t row, int64_t column, int64_t
   }
 }
 
-static void multiply(const Product *p, int64_t rows, int64_t vectors) {
+static inline void multiply(const Product *p, int64_t rows, int64_t vectors) {
   for (int64_t row = 0; row < rows; row += ROWS)
     for (int64_t v = 0; v < vectors;) {
       const int count = vectors - v >= 4 ? 4 : vectors - v >= 2 ? 2 : 1;
