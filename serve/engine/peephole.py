@@ -190,7 +190,9 @@ class _Rotations(_Rewriter):
 
     def _nodes(self, first: _Rotation, partner: _Rotation | None) -> list[Node]:
         nodes = list[Node]()
-        alone, in_pairs = (self._rows.rotated, self._rows.rotated_pair) if self._rows and self._fits(first) else (rotated, rotated_pair)
+        alone, in_pairs = rotated, rotated_pair
+        if self._rows and self._fits(first):
+            alone, in_pairs = self._rows.rotated, self._rows.rotated_pair
         sines = self._signed.get(first.sines)
         if sines is None:
             sines = self._signed[first.sines] = self._new()

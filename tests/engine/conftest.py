@@ -10,7 +10,7 @@ from serve import kernels
 from serve.engine import compiled
 
 UNFIT = not kernels.is_for_this_machine() or bool(kernels.missing_instructions())
-collect_ignore = ["test_compiled.py", "test_tiles.py"] if UNFIT else []
+collect_ignore = ["test_compiled.py", "test_rows.py", "test_tiles.py"] if UNFIT else []
 """What no package can bring to a machine is not missing there: the engine does without it, too."""
 
 

@@ -106,36 +106,41 @@ static void finish(const Step *s, const Scratch *m, int64_t row, uint16_t *out) 
   }
 }
 
-// Ask for memory that is read soon.
-static void fetch(const void *from, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T1);
+static int64_t place_of(const Step *s, int64_t slot, int64_t head, int64_t block) {
+  return ((block * s->num_slots + slot) * s->num_kv_heads + head) * BLOCK;
 }
 
-static void attend_block(const Step *s, const Scratch *m, const int32_t *tile, int64_t head, int64_t block, int64_t end) {
+static int64_t count_of(int64_t block, int64_t end) { return end - block * BLOCK < BLOCK ? end - block * BLOCK : BLOCK; }
+
+// A block's keys before the one at end.
+static Memory keys_of(const Step *s, int64_t slot, int64_t head, int64_t block, int64_t end) {
+  const uint16_t *keys = s->keys + place_of(s, slot, head, block) * s->dim;
+  return (Memory){(const char *)keys, (const char *)(keys + count_of(block, end) * s->dim)};
+}
+
+static void attend_block(const Step *s, const Scratch *m, const int32_t *tile, int64_t head, int64_t block, int64_t end,
+                         Memory soon) {
   const int64_t group = s->num_heads / s->num_kv_heads, rows = (tile[1] - tile[0]) * group, start = block * BLOCK;
-  const int64_t place = ((block * s->num_slots + tile[2]) * s->num_kv_heads + head) * BLOCK;
-  const int64_t count = end - start < BLOCK ? end - start : BLOCK, vectors = (count + VECTOR - 1) / VECTOR;
+  const int64_t count = count_of(block, end), vectors = (count + VECTOR - 1) / VECTOR;
+  const uint16_t *values = s->values + place_of(s, tile[2], head, block) * s->value_dim;
+  const uint16_t *keys = s->keys + place_of(s, tile[2], head, block) * s->dim;
   int64_t row = 0; // the first that sees any of it: of a prompt's columns the later ones see more
   while (row < rows && s->spans[2 * (tile[0] + row / group) + 1] < start) row++;
-  fetch(s->values + place * s->value_dim, count * s->value_dim * 2);
-  pair_along_rows(s->keys + place * s->dim, s->dim, vectors, m->keys, BLOCK);
-  pair_across_rows(s->values + place * s->value_dim, s->value_dim, vectors * VECTOR, m->values);
+  const Memory values_soon = {(const char *)values, (const char *)(values + count * s->value_dim)};
+  pair_along_rows(keys, s->dim, vectors, m->keys, BLOCK, values_soon);
   const Product scores = {m->query + row * s->dim, s->dim, m->keys, BLOCK, s->dim / 2, m->scores + row * BLOCK, BLOCK, 0};
   multiply(&scores, rows - row, vectors);
-  if (start + BLOCK < end) {
-    const int64_t rest = end - start - BLOCK, next = place + s->num_slots * s->num_kv_heads * BLOCK;
-    fetch(s->keys + next * s->dim, (rest < BLOCK ? rest : BLOCK) * s->dim * 2);
-  }
   for (int64_t r = row; r < rows; r++) {
     const int32_t *span = s->spans + 2 * (tile[0] + r / group);
     soften(s, m, r, vectors, span[0] - start, span[1] - start);
   }
+  pair_across_rows(values, s->value_dim, vectors * VECTOR, m->values, soon);
   const Product out = {m->weights + row * BLOCK, BLOCK, m->values, s->value_dim, vectors * VECTOR / 2,
                        m->out + row * s->value_dim, s->value_dim, 1};
   multiply(&out, rows - row, s->value_dim / VECTOR);
 }
 
-static void attend_tile(const Step *s, const Scratch *m, const int32_t *tile, int64_t head) {
+static void attend_tile(const Step *s, const Scratch *m, const int32_t *tile, int64_t head, Memory soon) {
   const int64_t group = s->num_heads / s->num_kv_heads, rows = (tile[1] - tile[0]) * group;
   int64_t first = INT32_MAX, last = 0;
   for (int64_t row = 0; row < rows; row++) {
@@ -149,11 +154,21 @@ static void attend_tile(const Step *s, const Scratch *m, const int32_t *tile, in
     last = span[1] > last ? span[1] : last;
   }
   memset(m->out, 0, rows * s->value_dim * sizeof(float));
-  for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) attend_block(s, m, tile, head, block, last + 1);
+  for (int64_t block = first / BLOCK; block <= last / BLOCK; block++) {
+    const Memory next = block == last / BLOCK ? soon : keys_of(s, tile[2], head, block + 1, last + 1);
+    attend_block(s, m, tile, head, block, last + 1, next);
+  }
   for (int64_t row = 0; row < rows; row++) {
     const int64_t column = tile[0] + row / group, query_head = head * group + row % group;
     finish(s, m, row, s->out + (column * s->num_heads + query_head) * s->value_dim);
   }
+}
+
+// What an item reads first.
+static Memory first_keys(const Step *s, int64_t item) {
+  if (item >= s->num_tiles * s->num_kv_heads) return (Memory){0, 0};
+  const int32_t *tile = s->tiles + 3 * (item / s->num_kv_heads), *span = s->spans + 2 * tile[0];
+  return keys_of(s, tile[2], item % s->num_kv_heads, span[0] / BLOCK, span[1] + 1);
 }
 
 static void run(void *data) {
@@ -170,7 +185,7 @@ static void run(void *data) {
   for (;;) {
     const int64_t item = __atomic_fetch_add(&work->next_item, 1, __ATOMIC_RELAXED);
     if (item >= s->num_tiles * s->num_kv_heads) return;
-    attend_tile(s, &scratch, s->tiles + 3 * (item / s->num_kv_heads), item % s->num_kv_heads);
+    attend_tile(s, &scratch, s->tiles + 3 * (item / s->num_kv_heads), item % s->num_kv_heads, first_keys(s, item + 1));
   }
 }
 

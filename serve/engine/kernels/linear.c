@@ -29,7 +29,7 @@ void linear_pack(const uint16_t *weight, int64_t in_features, int64_t out_featur
     const int64_t vectors = vectors_from(output, out_features), filled = (out_features - output) / VECTOR;
     const int64_t whole = filled < vectors ? filled : vectors;
     uint32_t *panel = panels + output * (in_features / 2);
-    pair_along_rows(weight + output * in_features, in_features, whole, panel, vectors * VECTOR);
+    pair_along_rows(weight + output * in_features, in_features, whole, panel, vectors * VECTOR, (Memory){0, 0});
     if (whole == vectors) continue;
     for (int64_t d = 0; d < in_features; d += 2)
       for (int64_t o = whole * VECTOR; o < vectors * VECTOR; o++) {

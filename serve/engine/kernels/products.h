@@ -46,10 +46,24 @@ static inline void transpose(__m512i r[16]) {
   }
 }
 
-// A matrix whose rows are to be columns, in pairs: from[16 * vectors][length] to to[length / 2][to_row].
-static inline void pair_along_rows(const uint16_t *from, int64_t length, int64_t vectors, uint32_t *to, int64_t to_row) {
+typedef struct {
+  const char *begin, *end;
+} Memory;
+
+// Ask for the beginning of memory that is read soon, so that it is in the cache by then.
+static inline void fetch(Memory *soon, int64_t num_bytes) {
+  const int64_t left = soon->end - soon->begin;
+  const char *last = soon->begin + (left < num_bytes ? left : num_bytes);
+  for (; soon->begin < last; soon->begin += 64) _mm_prefetch(soon->begin, _MM_HINT_T1);
+}
+
+// A matrix whose rows are to be columns, in pairs: from[16 * vectors][length] to to[length / 2][to_row].  On the way
+// "soon" is fetched, as fast as the matrix itself is read.
+static inline void pair_along_rows(const uint16_t *from, int64_t length, int64_t vectors, uint32_t *to, int64_t to_row,
+                                   Memory soon) {
   const int64_t whole = length / 32 * 32;
   for (int64_t v = 0; v < vectors; v++) {
+    fetch(&soon, VECTOR * length * 2);
     const uint16_t *rows = from + v * VECTOR * length;
     for (int64_t d = 0; d < whole; d += 32) {
       __m512i r[16];
@@ -63,16 +77,18 @@ static inline void pair_along_rows(const uint16_t *from, int64_t length, int64_t
 }
 
 // A matrix whose columns stay columns, in pairs: from[count][width] to to[count / 2][width]; width in steps of 32.
-static inline void pair_across_rows(const uint16_t *from, int64_t width, int64_t count, uint32_t *to) {
+static inline void pair_across_rows(const uint16_t *from, int64_t width, int64_t count, uint32_t *to, Memory soon) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t t = 0; t < count; t += 2)
+  for (int64_t t = 0; t < count; t += 2) {
+    fetch(&soon, 4 * width);
     for (int64_t d = 0; d < width; d += 32) {
       const __m512i a = _mm512_loadu_si512(from + t * width + d), b = _mm512_loadu_si512(from + (t + 1) * width + d);
       _mm512_storeu_si512(to + t / 2 * width + d, _mm512_permutex2var_epi16(a, low, b));
       _mm512_storeu_si512(to + t / 2 * width + d + 16, _mm512_permutex2var_epi16(a, high, b));
     }
+  }
 }
 
 typedef struct {
