@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llama
@@ -71,6 +72,18 @@ def test_rows_that_are_not_numbers_harm_no_others(library: Library) -> None:
     assert bool(after[4].isnan().all())
     kept = [row for row in range(9) if row != 4]
     assert torch.equal(after[kept], before[kept])
+
+
+@pytest.mark.parametrize(("outputs", "features"), [(1, 2), (15, 30), (17, 34), (64, 64), (65, 62), (200, 98)])
+def test_nothing_beyond_a_matrix_is_touched(library: Library, outputs: int, features: int) -> None:
+    weight, bias = guarded(made(outputs, features)), guarded(made(outputs))
+    panels = guarded(torch.empty(library.linear_packed_size(features, outputs), dtype=BF16))
+    library.linear_pack(weight.data_ptr(), features, outputs, panels.data_ptr())
+    for rows in (1, 6, 7):
+        x, out = guarded(made(rows, features)), guarded(torch.empty(rows, outputs, dtype=BF16))
+        pointers = (panels.data_ptr(), bias.data_ptr(), out.data_ptr(), None)
+        library.linear(x.data_ptr(), features, rows, features, outputs, *pointers, 1)
+        assert torch.equal(out, compiled.linear(library, x, panels, bias, weight.shape))
 
 
 def test_linear_refuses_what_it_would_read_wrongly(library: Library) -> None:

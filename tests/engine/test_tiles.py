@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attending import CPU, EXTRAS, PATTERNS, STEPS, TOLERANCE, Step
 from families import BASE, GEMMA, MIXED
+from guarded import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -18,6 +21,7 @@ from serve.engine import gate, tiles
 from serve.engine.compiled import Library
 from serve.engine.kv_cache import KVCache
 from serve.engine.patterns import FULL, Pattern
+from serve.engine.sequence import Chunk
 from serve.engine.verdicts import VerdictFile
 
 BF16 = torch.bfloat16
@@ -138,6 +142,26 @@ def test_tensors_that_do_not_fit_are_refused(library: Library, wrong: dict[str, 
         tiles.attend(**given, view=view, extras=tiles.Extras(None, None, torch.ones(3)))
     with pytest.raises(ValueError, match="do not fit"):
         tiles.attend(**given | wrong, view=view, extras=tiles.Extras(None, None, None))
+
+
+@pytest.mark.parametrize("chunk", [(0, 1), (100, 29), (128, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 32, 64), (6, 2, 64, 32), (7, 1, 96, 96)])
+def test_nothing_beyond_a_tensor_is_touched(
+    library: Library, shape: tuple[int, ...], chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_heads, num_kv_heads, dim, value_dim = shape
+    sizes = ((num_heads, dim), (num_kv_heads, dim), (num_kv_heads, value_dim))
+    row = [torch.randn(1, heads, chunk[1] + 1, size).to(BF16) for heads, size in sizes]
+    blocks = -(-sum(chunk) // 128)
+    cache = [torch.randn(blocks, 2, num_kv_heads, 128, size).to(BF16) for size in (dim, value_dim)]
+    prompt: Any = Chunk(SimpleNamespace(slot=1), *chunk)  # type: ignore[arg-type]
+    view = tiles.tile_view(library, FULL, [sum(chunk) - 1], [prompt])
+    extras = tiles.Extras(None, None, torch.randn(num_heads))
+    expected = tiles.attend(*row, *(each.clone() for each in cache), view, extras)  # type: ignore[arg-type]
+    view = replace(view, tiles=guarded(view.tiles), spans=guarded(view.spans))
+    monkeypatch.setattr(library, "scratch", lambda size: guarded(torch.empty(size, dtype=torch.uint8)))
+    got = tiles.attend(*map(guarded, row), *map(guarded, cache), view, extras)  # type: ignore[arg-type]
+    assert torch.equal(got, expected)
 
 
 def test_each_thread_has_memory_of_its_own(library: Library) -> None:

@@ -44,15 +44,16 @@ typedef struct {
 static int64_t lay_out(char *memory, int64_t rows, int64_t dim, int64_t value_dim, Scratch *scratch) {
   const int64_t sizes[] = {rows * dim * 2,   dim / 2 * BLOCK * 4,  BLOCK / 2 * value_dim * 4, rows * BLOCK * 4,
                            rows * BLOCK * 2, rows * value_dim * 4, rows * 4,                  rows * 4};
-  char *places[8];
-  int64_t at = 0;
+  int64_t places[8], at = 0;
   for (int i = 0; i < 8; i++) {
-    places[i] = memory + at;
+    places[i] = at;
     at += (sizes[i] + 63) / 64 * 64;
   }
   if (scratch)
-    *scratch = (Scratch){(uint16_t *)places[0], (uint32_t *)places[1], (uint32_t *)places[2], (float *)places[3],
-                         (uint16_t *)places[4], (float *)places[5],    (float *)places[6],    (float *)places[7]};
+    *scratch = (Scratch){(uint16_t *)(memory + places[0]), (uint32_t *)(memory + places[1]),
+                         (uint32_t *)(memory + places[2]), (float *)(memory + places[3]),
+                         (uint16_t *)(memory + places[4]), (float *)(memory + places[5]),
+                         (float *)(memory + places[6]),    (float *)(memory + places[7])};
   return at;
 }
 
