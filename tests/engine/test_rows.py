@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import load, tiny_llama
+from tiny import collect, load, request, tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional
 from toy import graph_of, inputs, of_ids
@@ -148,3 +149,19 @@ def test_step_has_the_same_bits_in_every_batch(library: Library, tmp_path: Path)
         alone = runner._program.logits(Batch((), tuple(sequences[:1]), ()))
         for count in range(2, 22):
             assert torch.equal(runner._program.logits(Batch((), tuple(sequences[:count]), ()))[:1], alone), count
+
+
+async def test_seeded_answer_in_bfloat16_is_equal_alone_and_in_any_batch(library: Library, tmp_path: Path) -> None:
+    """Prompts in chunks beside other requests' tokens included: torch's kernels promise it in float32 alone."""
+    loaded = load(tiny_llama(tmp_path, hidden_size=128, head_dim=32), chunk=16, slots=6, dtype="bfloat16")
+    draw = random.Random(5)
+    prompts = [[draw.randrange(3, 300) for _ in range(length)] for length in (70, 5, 40, 1, 90, 33)]
+    seeded = SamplingParams(max_tokens=40, temperature=1.2, seed=3, ignore_eos=True)
+    async with loaded.running() as engine:
+        alone = await collect(engine.submit(request(prompts[0], seeded)))
+        for others in (1, 3, 5):
+            params = SamplingParams(max_tokens=20, temperature=1.0)
+            streams = [engine.submit(request(prompt, params)) for prompt in prompts[1 : others + 1]]
+            answer = await collect(engine.submit(request(prompts[0], seeded)))
+            await asyncio.gather(*map(collect, streams))
+            assert answer.token_ids == alone.token_ids, others
