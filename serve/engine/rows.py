@@ -25,6 +25,8 @@ class Rows:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As :func:`serve.engine.peephole.rms_norm`."""
         x, size = x.contiguous(), x.shape[-1]
+        if weight.numel() != size:  # a weight for all numbers, beyond which the kernel would read
+            weight = weight.expand(size).contiguous()
         out = torch.empty_like(x)
         self._library.rms_norm(
             *(x.data_ptr(), size, x.numel() // size, size, weight.data_ptr(), eps, out.data_ptr()),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guarded import guarded
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import collect, load, request, tiny_llama
@@ -46,6 +47,12 @@ def test_norm_is_torchs_but_for_the_last_bit(library: Library) -> None:
     assert torch.equal(Rows(library).rms_norm(turned, made(32), 1e-5), plain_norm(turned, made(32), 1e-5))
 
 
+def test_norm_with_one_weight_for_all_is_torchs(library: Library) -> None:
+    x, weight = made(1, 3, 5000), guarded(made(1))
+    got, expected = Rows(library).rms_norm(x, weight, 1e-5), plain_norm(x, weight, 1e-5)
+    assert torch.allclose(got.float(), expected.float(), rtol=2**-7, atol=0)
+
+
 @given(rows=st.integers(1, 40), size=st.integers(1, 130), seed=st.integers(0, 5))
 def test_gate_of_parts_of_one_row_is_torchs(library: Library, rows: int, size: int, seed: int) -> None:
     both = made(1, rows, 2 * size, seed=seed) * 4
@@ -62,7 +69,7 @@ def test_gate_of_other_shapes_is_torchs(library: Library) -> None:
 
 
 def test_gate_keeps_what_is_no_number_and_what_is_far_from_zero(library: Library) -> None:
-    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 300.0, -300.0, 0.0, -90.0]], dtype=BF16)
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 300.0, -300.0, 0.0, -90.0, -3e38]], dtype=BF16)
     got, expected = Rows(library).silu_gate(x, torch.ones_like(x)), functional.silu(x)
     assert torch.allclose(got.float(), expected.float(), atol=1e-30, equal_nan=True)
 
