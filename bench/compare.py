@@ -20,6 +20,7 @@ from typing import Any
 from bench.bars import picture
 from bench.figures import load_average, machine, table, write_section
 from bench.processes import HOST, BenchError, cores, free_port, server, wait_until_ready
+from serve import kernels
 from trimaran import demo_model
 
 REPOSITORY = Path(__file__).parents[1]
@@ -185,6 +186,7 @@ def run(plan: Plan, model: Path, vllm: Path | None = None) -> tuple[str, Figures
             figures[name, each] = found
             print(json.dumps({"server": name, **found}), file=sys.stderr, flush=True)
     versions = [f"{package} {version(package).partition('+')[0]}" for package in ("torch", "transformers")]
+    versions.append(f"{'torch' if kernels.obstacle() else 'Trimaran'}'s kernels")
     if vllm is not None:
         versions += vllm_versions(vllm)
     about = (

@@ -58,6 +58,22 @@ def missing_instructions(cpuinfo: Path = CPUINFO) -> list[str]:
     return [name for name in INSTRUCTIONS if name not in flags]
 
 
+def obstacle() -> str | None:
+    """Why a server on this machine does without the kernels; None where it has them."""
+    if not is_for_this_machine():
+        return "Trimaran's are for x86-64 and Linux"
+    if missing := missing_instructions():
+        return f"Trimaran's need {', '.join(missing)}, which this CPU lacks"
+    return (
+        "Trimaran's are not compiled: python -m serve.kernels, where there is a C compiler" if are_left_out() else None
+    )
+
+
+def are_left_out() -> bool:
+    """Whether this machine could use the kernels, and they are not compiled."""
+    return is_for_this_machine() and not missing_instructions() and not library().exists()
+
+
 def compile_library() -> Path:
     """Compile, unless it was done before; drop what older sources left.
 

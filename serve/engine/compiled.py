@@ -70,7 +70,7 @@ class Library:
 @cache
 def library() -> Library | None:
     """The kernels, if they are here and prove right; else None, with the reason logged.  Looked for once."""
-    reason = _obstacle()
+    reason = kernels.obstacle()
     found = None
     if reason is None:
         try:
@@ -82,16 +82,6 @@ def library() -> Library | None:
             found, reason = None, str(error)
     logger.info("Kernels: %s", f"torch's ({reason})" if reason else "compiled for this CPU's AVX-512 BF16")
     return found
-
-
-def _obstacle() -> str | None:
-    if not kernels.is_for_this_machine():
-        return "Trimaran's are for x86-64 and Linux"
-    if missing := kernels.missing_instructions():
-        return f"Trimaran's need {', '.join(missing)}, which this CPU lacks"
-    if not kernels.library().exists():
-        return "Trimaran's are not compiled: python -m serve.kernels, where there is a C compiler"
-    return None
 
 
 def _gomp_parallel() -> int | None:

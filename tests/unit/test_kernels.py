@@ -109,6 +109,18 @@ def test_compiler_that_writes_nothing_is_a_reason(folder: Path, compiler, capsys
     assert not list(folder.glob("*.so*"))
 
 
+def test_obstacle_is_what_stands_in_the_way_first(folder: Path, compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler()
+    monkeypatch.setattr(kernels, "missing_instructions", list)
+    assert "not compiled: python -m serve.kernels" in str(kernels.obstacle())
+    kernels.compile_library()
+    assert kernels.obstacle() is None
+    monkeypatch.setattr(kernels, "missing_instructions", lambda: ["avx512_bf16"])
+    assert "avx512_bf16, which this CPU lacks" in str(kernels.obstacle())
+    monkeypatch.setattr(kernels, "is_for_this_machine", lambda: False)
+    assert "for x86-64 and Linux" in str(kernels.obstacle())
+
+
 def test_nothing_is_compiled_for_other_machines(
     folder: Path, compiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,7 @@ def uncompiled(situation: Situation) -> Findings:
         return
     if settings.device is Device.CUDA or settings.dtype not in {Dtype.AUTO, Dtype.BFLOAT16}:
         return
-    if not kernels.is_for_this_machine() or kernels.missing_instructions() or kernels.library().exists():
+    if not kernels.are_left_out():
         return
     if settings.device is Device.CPU or _driver_cuda(situation) is None:
         yield Finding(
