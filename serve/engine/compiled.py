@@ -104,7 +104,8 @@ def can_pack(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels compute with ``[out_features, in_features]`` and ``[out_features]``."""
     if bias is not None and not (bias.dtype is weight.dtype and bias.is_contiguous() and len(bias) == len(weight)):
         return False
-    return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0
+    is_for_kernels = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+    return is_for_kernels and weight.numel() > 0 and weight.shape[1] % 2 == 0
 
 
 def pack(found: Library, weight: Tensor) -> Tensor:

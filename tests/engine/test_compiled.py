@@ -95,6 +95,7 @@ def test_linear_refuses_what_it_would_read_wrongly(library: Library) -> None:
             run(made(2, 26))
     assert compiled.can_pack(made(4, 8), made(4))
     assert not compiled.can_pack(made(4, 7), None), "pairs along an odd number of features"
+    assert not compiled.can_pack(made(4, 0), None)
     assert not compiled.can_pack(torch.ones(4, 8), None)
     for bias in (torch.ones(4), made(3), made(1).expand(4), made(8)[::2]):
         assert not compiled.can_pack(made(4, 8), bias)

@@ -111,7 +111,10 @@ static int64_t place_of(const Step *s, int64_t slot, int64_t head, int64_t block
   return ((block * s->num_slots + slot) * s->num_kv_heads + head) * BLOCK;
 }
 
-static int64_t count_of(int64_t block, int64_t end) { return end - block * BLOCK < BLOCK ? end - block * BLOCK : BLOCK; }
+static int64_t count_of(int64_t block, int64_t end) {
+  const int64_t left = end - block * BLOCK;
+  return left < BLOCK ? left : BLOCK;
+}
 
 // A block's keys before the one at end.
 static Memory keys_of(const Step *s, int64_t slot, int64_t head, int64_t block, int64_t end) {
@@ -129,7 +132,8 @@ static void attend_block(const Step *s, const Scratch *m, const int32_t *tile, i
   while (row < rows && s->spans[2 * (tile[0] + row / group) + 1] < start) row++;
   const Memory values_soon = {(const char *)values, (const char *)(values + count * s->value_dim)};
   pair_along_rows(keys, s->dim, vectors, m->keys, BLOCK, values_soon);
-  const Product scores = {m->query + row * s->dim, s->dim, m->keys, BLOCK, s->dim / 2, m->scores + row * BLOCK, BLOCK, 0};
+  const Product scores = {m->query + row * s->dim, s->dim, m->keys, BLOCK, s->dim / 2,
+                          m->scores + row * BLOCK, BLOCK, 0};
   multiply(&scores, rows - row, vectors);
   for (int64_t r = row; r < rows; r++) {
     const int32_t *span = s->spans + 2 * (tile[0] + r / group);
@@ -182,7 +186,8 @@ static void run(void *data) {
     most = columns > most ? columns : most;
   }
   Scratch scratch;
-  lay_out(s->scratch + thread * s->scratch_size, most * (s->num_heads / s->num_kv_heads), s->dim, s->value_dim, &scratch);
+  const int64_t rows = most * (s->num_heads / s->num_kv_heads);
+  lay_out(s->scratch + thread * s->scratch_size, rows, s->dim, s->value_dim, &scratch);
   for (;;) {
     const int64_t item = __atomic_fetch_add(&work->next_item, 1, __ATOMIC_RELAXED);
     if (item >= s->num_tiles * s->num_kv_heads) return;
@@ -195,7 +200,7 @@ static void store(const Step *s, const uint16_t *from, int64_t head, int64_t col
     const int32_t *tile = s->tiles + 3 * i;
     for (int64_t c = tile[0]; c < tile[1]; c++) {
       const int64_t key = s->spans[2 * c + 1];
-      const int64_t place = (key / BLOCK * s->num_slots + tile[2]) * s->num_kv_heads * BLOCK + key % BLOCK;
+      const int64_t place = place_of(s, tile[2], 0, key / BLOCK) + key % BLOCK;
       for (int64_t h = 0; h < s->num_kv_heads; h++)
         memcpy(to + (place + h * BLOCK) * dim, from + c * column + h * head, dim * 2);
     }

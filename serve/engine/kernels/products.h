@@ -1,8 +1,8 @@
 // Products of bfloat16 matrices with sums in float32, for x86-64 with AVX-512 BF16.  See docs/decisions/0050.
 //
 // One instruction multiplies pairs of bfloat16 and adds both products to one of 16 sums.  So the right matrix lies in
-// "pairs": a row holds, for each column, two numbers that follow each other along the sum.  Every sum is added up in the
-// same order whatever is computed beside it: a row's result has the same bits in a batch as alone.
+// "pairs": a row holds, for each column, two numbers that follow each other along the sum.  Every sum is added up in
+// the same order whatever is computed beside it: a row's result has the same bits in a batch as alone.
 
 #ifndef PRODUCTS_H
 #define PRODUCTS_H
