@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support import missing
@@ -29,14 +32,19 @@ def library() -> compiled.Library:
     return found
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def num_threads(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
 @pytest.fixture
-def _threads(num_threads: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    yield
-    torch.set_num_threads(before)
+def on_threads(library: compiled.Library) -> Callable[[Callable[[], Any]], list[Any]]:
+    """What a function gives with one thread, two and three."""
+    assert library.parallel, "torch's own OpenMP was found"
+
+    def run(function: Callable[[], Any]) -> list[Any]:
+        before, given = torch.get_num_threads(), list[Any]()
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                given.append(function())
+        finally:
+            torch.set_num_threads(before)
+        return given
+
+    return run

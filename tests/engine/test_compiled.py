@@ -46,13 +46,19 @@ def test_linear_computes_what_torch_does(library: Library, rows, pairs, outputs,
     assert torch.allclose(got.float(), expected, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.usefixtures("_threads")
 def test_linear_gives_a_row_the_same_bits_in_every_batch(library: Library) -> None:
     layer, x = CompiledLinear(library, made(200, 96), made(200)), made(70, 96, seed=5)
     with torch.inference_mode():
         whole = layer(x)
         for begin, end in ((0, 1), (69, 70), (3, 10), (1, 70), (30, 62)):
             assert torch.equal(layer(x[begin:end]), whole[begin:end])
+
+
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_linear_has_the_same_bits_with_any_number_of_threads(library: Library, on_threads: Any, rows: int) -> None:
+    layer, x = CompiledLinear(library, made(1000, 1024), made(1000)), made(rows, 1024, seed=5)
+    one, *others = on_threads(lambda: layer.compute(x))
+    assert all(torch.equal(each, one) for each in others)
 
 
 def test_linear_takes_rows_in_any_shape_and_any_place(library: Library) -> None:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,6 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@pytest.mark.usefixtures("_threads")
 def test_norm_is_torchs_but_for_the_last_bit(library: Library) -> None:
     for shape in ((1, 1, 576), (1, 40, 37), (3, 5, 7, 128), (1, 0, 16)):
         x, weight = made(*shape), made(shape[-1], seed=1)
@@ -74,7 +74,6 @@ def test_gate_keeps_what_is_no_number_and_what_is_far_from_zero(library: Library
     assert torch.allclose(got.float(), expected.float(), atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_rotation_has_torchs_bits(library: Library, size: int) -> None:
     for rows in (1, 7, 40):
@@ -84,6 +83,17 @@ def test_rotation_has_torchs_bits(library: Library, size: int) -> None:
         assert torch.equal(Rows(library).rotated(x, cosines, sines), expected)
         pair = Rows(library).rotated_pair(x, cosines, sines, (3, 2))
         assert all(torch.equal(a, b) for a, b in zip(pair, (expected[:, :3], expected[:, 3:]), strict=True))
+
+
+def test_rows_have_the_same_bits_with_any_number_of_threads(library: Library, on_threads: Any) -> None:
+    rows, x, angles = Rows(library), made(1, 500, 576), made(1, 1, 500, 64)
+    for function in (
+        lambda: rows.rms_norm(x, made(576), 1e-5),
+        lambda: rows.silu_gate(x, x),
+        lambda: rows.rotated(x.view(1, 500, 9, 64).transpose(1, 2), angles, angles),
+    ):
+        one, *others = on_threads(function)
+        assert all(torch.equal(each, one) for each in others)
 
 
 EMBEDDING, WEIGHT = made(6, 64), made(64, seed=1)

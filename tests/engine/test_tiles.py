@@ -29,7 +29,6 @@ SHAPES = ((6, 2, 64, 64), (3, 1, 32, 96), (4, 4, 128, 64))
 """Heads, key heads, dimensions of keys and of values."""
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("extras", EXTRAS, ids=lambda extras: "-".join(extras) or "plain")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.kind.name)
 def test_every_query_gets_what_attention_is_defined_to_be(library: Library, pattern: Pattern, extras: Any) -> None:
@@ -63,11 +62,20 @@ def attended(library: Library, positions: list[int], neighbours: list[int]) -> t
     return out[: len(positions)]
 
 
-@pytest.mark.usefixtures("_threads")
 def test_a_decode_has_the_same_bits_in_every_batch(library: Library) -> None:
     alone = attended(library, [300, 17], [])
     assert torch.equal(attended(library, [300, 17], [500, 3, 128, 127]), alone)
     assert torch.equal(attended(library, [300], []), alone[:1])
+
+
+def test_attention_has_the_same_bits_with_any_number_of_threads(library: Library, on_threads: Any) -> None:
+    def run() -> torch.Tensor:
+        step = Step(BF16, (6, 2, 64, 64), FULL, library)
+        assert step.run([600] * 8, [(0, 200), (300, 100)]) < TOLERANCE[BF16] / 2
+        return step.got
+
+    one, *others = on_threads(run)
+    assert all(torch.equal(each, one) for each in others)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.kind.name)

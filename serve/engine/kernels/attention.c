@@ -212,5 +212,10 @@ void attend(const Step *s, Parallel *parallel, int64_t num_threads) {
   store(s, s->key, s->key_head, s->key_column, s->dim, s->keys);
   store(s, s->value, s->value_head, s->value_column, s->value_dim, s->values);
   Work work = {s, 0, 0};
-  run_parallel(run, &work, parallel, num_threads);
+  int64_t num_keys = 0;
+  for (int64_t i = 0; i < s->num_tiles; i++) {
+    const int32_t *tile = s->tiles + 3 * i;
+    num_keys += (s->spans[2 * tile[1] - 1] + 1 - s->spans[2 * tile[0]]) * (1 + (tile[1] - tile[0]) / 4);
+  }
+  run_parallel(run, &work, parallel, num_threads, num_keys * s->num_kv_heads * (s->dim + s->value_dim) * 2);
 }

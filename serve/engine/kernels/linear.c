@@ -78,5 +78,5 @@ static void run(void *data) {
 void linear(const uint16_t *x, int64_t x_row, int64_t num_rows, int64_t in_features, int64_t out_features,
             const uint32_t *panels, const uint16_t *bias, uint16_t *out, Parallel *parallel, int64_t num_threads) {
   Linear work = {x, x_row, num_rows, in_features, out_features, panels, bias, out, 0};
-  run_parallel(run, &work, parallel, num_threads);
+  run_parallel(run, &work, parallel, num_threads, in_features * out_features * (2 + num_rows / 4));
 }

@@ -16,8 +16,12 @@ enum { VECTOR = 16, ROWS = 6, VECTORS = 4 }; // float32 in a register; rows and 
 // OpenMP's GOMP_parallel, of the library that torch has loaded: two of them in one process would fight for processors.
 typedef void Parallel(void (*function)(void *), void *data, unsigned num_threads, unsigned flags);
 
-static inline void run_parallel(void (*function)(void *), void *data, Parallel *parallel, int64_t num_threads) {
-  if (parallel && num_threads > 1) parallel(function, data, (unsigned)num_threads, 0);
+// Bytes to be read, or as long to be computed with: what takes one thread as long as it takes to wake another.
+enum { WORTH_WAKING = 1500000 };
+
+static inline void run_parallel(void (*function)(void *), void *data, Parallel *parallel, int64_t num_threads,
+                                int64_t num_bytes) {
+  if (parallel && num_threads > 1 && num_bytes > WORTH_WAKING) parallel(function, data, (unsigned)num_threads, 0);
   else function(data);
 }
 

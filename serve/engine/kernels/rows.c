@@ -83,7 +83,7 @@ void rms_norm(const uint16_t *x, int64_t x_row, int64_t num_rows, int64_t size, 
               uint16_t *out, Parallel *parallel, int64_t num_threads) {
   Rows work = {.function = norm_row, .num_rows = num_rows, .size = size, .x = x, .x_row = x_row, .y = weight,
                .out = out, .eps = eps};
-  run_parallel(run, &work, parallel, num_rows > TASK ? num_threads : 1);
+  run_parallel(run, &work, parallel, num_threads, 8 * num_rows * size);
 }
 
 // out = silu(x) * y
@@ -91,7 +91,7 @@ void silu_gate(const uint16_t *x, int64_t x_row, const uint16_t *y, int64_t y_ro
                uint16_t *out, Parallel *parallel, int64_t num_threads) {
   Rows work = {.function = gate_row, .num_rows = num_rows, .size = size, .x = x, .x_row = x_row, .y = y,
                .y_row = y_row, .out = out};
-  run_parallel(run, &work, parallel, num_rows > TASK ? num_threads : 1);
+  run_parallel(run, &work, parallel, num_threads, 8 * num_rows * size);
 }
 
 // out = x * cosines + (x with its halves exchanged) * sines, the first half of the sines negated before.
@@ -100,5 +100,5 @@ void rotate(const uint16_t *x, int64_t x_head, int64_t x_row, int64_t num_heads,
             const uint16_t *cosines, const uint16_t *sines, uint16_t *out, Parallel *parallel, int64_t num_threads) {
   Rows work = {.function = rotate_row, .num_rows = num_rows, .size = size, .x = x, .x_head = x_head, .x_row = x_row,
                .num_heads = num_heads, .y = cosines, .z = sines, .out = out};
-  run_parallel(run, &work, parallel, num_rows > TASK ? num_threads : 1);
+  run_parallel(run, &work, parallel, num_threads, 8 * num_heads * num_rows * size);
 }
