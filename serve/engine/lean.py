@@ -2,7 +2,8 @@
 
 torch's compiler (``torch._dynamo``, with sympy) comes with the file of every model, for one class and three decorators.
 Here it stays away until somebody needs more of it, and comes then as it always does.  transformers' parallelism over
-several processes is told that there is none, as it is with builds of torch that have none.
+several processes is told that there is none, as it is with builds of torch that have none; accelerate, which comes with
+adapters and brings boto3 where that is installed, is left out for models that need neither.
 
 Nothing depends on it: where another version of either is built differently, the imports are as long as they were.
 """
@@ -16,7 +17,8 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +68,21 @@ def forgo_parallelism() -> None:
         pass  # of another version: it will find what is there
     finally:
         torch.distributed.is_available = is_available
+
+
+@contextmanager
+def without(name: str) -> Generator[None]:
+    """Let transformers, imported for the first time meanwhile, find no such package; it remembers the answer."""
+    if name in sys.modules or "transformers" in sys.modules:
+        yield
+        return
+    # With None in its place the import system says that there is none.
+    modules: dict[str, Any] = sys.modules
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
 
 
 class _Deferred(ModuleType):

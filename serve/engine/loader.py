@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +25,20 @@ HEADROOM = 1.3
 """Beside the weights a device holds the KV cache and what a step computes."""
 
 
-def import_transformers() -> None:
-    """The slow imports, apart from the weights, so that a cold start's log shows both and reading ahead covers them."""
-    lean.defer_compiler()
-    import transformers  # noqa: PLC0415
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+def import_transformers(files: ModelFiles | None = None) -> None:
+    """The slow imports, apart from the weights, so that a cold start's log shows both and reading ahead covers them.
 
-    lean.forgo_parallelism()
-    # transformers imports a name when it is first touched.
-    _ = transformers.AutoModelForCausalLM, transformers.PreTrainedModel, transformers.GenerationMixin
+    ``files`` are the model's, if no other comes into this process: what it does not need stays away.
+    """
+    lean.defer_compiler()
+    is_plain = files is not None and not files.adapter and not checkpoint.is_quantized(read_config(files.folder))
+    with lean.without("accelerate") if is_plain else nullcontext():
+        import transformers  # noqa: PLC0415
+        from transformers.utils import logging as transformers_logging  # noqa: PLC0415
+
+        lean.forgo_parallelism()
+        # transformers imports a name when it is first touched.
+        _ = transformers.AutoModelForCausalLM, transformers.PreTrainedModel, transformers.GenerationMixin
     importlib.import_module("transformers.masking_utils")  # the file of every model imports it
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

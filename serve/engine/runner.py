@@ -143,7 +143,7 @@ class TransformersRunner:
             with phase("import_transformers"):
                 from serve.engine import loader  # noqa: PLC0415
 
-                loader.import_transformers()
+                loader.import_transformers(files)
 
     def _examine(self, files: ModelFiles) -> int:
         """Choose batches or the fallback; return the bytes that one token takes in the cache."""

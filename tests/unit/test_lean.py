@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +124,25 @@ def test_defer_leaves_alone_what_is_there_or_is_not(outer: Any) -> None:
     lean.defer("outer.slow.within", "light")
     assert not hasattr(outer, "absent")
     assert within.VALUE == 7
+
+
+def test_package_is_not_found_while_it_is_left_out(outer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with lean.without("outer.slow"):
+        assert importlib.util.find_spec("outer.slow") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("outer.slow")
+    assert importlib.util.find_spec("outer.slow") is not None
+    with pytest.raises(RuntimeError), lean.without("outer.slow"):
+        raise RuntimeError
+    assert "outer.slow" not in sys.modules
+
+
+@pytest.mark.parametrize("known", ["outer", "transformers"])
+def test_package_that_is_known_already_stays(outer: Any, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers has asked for it: its answer would be another one than before."""
+    monkeypatch.setitem(sys.modules, known, outer)
+    name = "outer" if known == "outer" else "outer.slow"
+    with lean.without(name):
+        assert importlib.util.find_spec(name) is not None
+    assert sys.modules[known] is outer
