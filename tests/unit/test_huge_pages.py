@@ -79,13 +79,8 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_promote_keeps_bytes_and_takes_no_memory(region: Region) -> None:
+def test_promote_keeps_bytes_and_takes_no_memory(tmp_path: Path) -> None:
     """On this kernel, whatever it has.  What was read but never written is one shared page of zeros."""
-    for page in (0, 1, 3):
-        region.fill(page)
-    region.fill(2, HUGE // 2)
-    before = region.pages[:]
-    region.pages.madvise(mmap.MADV_HUGEPAGE)
     done: list[int] = []
 
     def advise(begin: int, length: int, advice: int) -> int:
@@ -93,9 +88,21 @@ def test_promote_keeps_bytes_and_takes_no_memory(region: Region) -> None:
         done.append(length if not error and advice == huge_pages.COLLAPSE else 0)
         return error
 
-    said = huge_pages.promote(PLENTY, maps=region.maps, advise=advise)
-    assert said
-    assert region.pages[:] == before
+    for _ in range(3):
+        region = Region(tmp_path)
+        region.pages.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in (0, 1, 3):
+            region.fill(page)
+        region.fill(2, HUGE // 2)
+        before = region.pages[:]
+        done.clear()
+        region.pages.madvise(mmap.MADV_HUGEPAGE)
+        said = huge_pages.promote(PLENTY, maps=region.maps, advise=advise)
+        assert said
+        assert region.pages[:] == before
+        # The kernel has a thread that may do as much by itself, and fills pages up: then once more.
+        if region.counted("Rss:") == 3 * HUGE + HUGE // 2:
+            break
     assert region.counted("AnonHugePages:") == sum(done), said
     assert region.counted("Rss:") == 3 * HUGE + HUGE // 2
 
