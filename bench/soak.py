@@ -2,7 +2,8 @@
 
 Twice as many clients as the server can hold in its slots and its queue, each drawing its next request at random.  Every
 good answer is compared with what was right before the storm: the echo engine's prompt, or a real model's greedy answer,
-asked for alone (in float32, where a batch changes nothing).  Exit status 1: one was wrong or lost, or a slot leaked.
+asked for alone (in float32, or with the compiled kernels, where a batch changes nothing).  Exit status 1: one was wrong
+or lost, or a slot leaked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bench.attacks import BAD_BODIES, attack
 from bench.figures import load_average, machine, percentile, table
 from bench.processes import HOST, BenchError, free_port, private_memory_mib, server, wait_until_ready
 
+REST_S = 2.0
+"""A model's steps are recorded when it is first idle, and are rounded like that from then on."""
 PATH = "/v1/chat/completions"
 KINDS = {"plain": 30, "stream": 30, "slow": 8, "cancelled": 15, "bad": 10, "hostile": 7}
 """What a client sends next, by weight."""
@@ -257,12 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a server and the storm; return 0 when nothing was wrong, lost or leaked."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("model", nargs="?", help="a model's folder; left out: the echo engine")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 is exact too, with the compiled kernels of a CPU")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of the model, so that clients keep a core")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    engine = {"SERVE_MODEL": options.model, "SERVE_DTYPE": "float32"} if options.model else {"SERVE_ENGINE": "echo"}
+    engine = {"SERVE_MODEL": options.model, "SERVE_DTYPE": options.dtype} if options.model else {"SERVE_ENGINE": "echo"}
     port, key, before = free_port(), "sk-soak", load_average()
     environment = {"SERVE_PORT": str(port), "SERVE_API_KEYS": key, "SERVE_MAX_BATCH_SIZE": str(options.slots), **engine}
     environment |= {"SERVE_THREADS": str(options.threads), "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -276,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             headers, url = {"authorization": f"Bearer {key}"}, f"http://{HOST}:{port}"
             model = httpx2.get(url + "/v1/models", headers=headers).json()["data"][0]["id"]
             max_tokens = 16 if options.model else 400
+            time.sleep(REST_S)
             storm = Storm(url, model, headers, max_tokens, random.Random(options.seed))  # noqa: S311 - a load, no secret
             asyncio.run(run_storm(storm, 60 * options.minutes, 2 * (options.slots + max_queue), process.pid))
             if process.poll() is not None:
