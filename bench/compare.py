@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench import llama
 from bench.bars import picture
 from bench.figures import load_average, machine, table, write_section
 from bench.processes import HOST, BenchError, cores, free_port, server, wait_until_ready
@@ -32,6 +33,7 @@ BATCHING = "transformers serve --continuous-batching"
 # Its default KV cache takes most of the machine's memory; these are enough for every run here.
 BATCHING_BLOCKS = "256"
 VLLM = "vLLM-CPU"
+LLAMA = "llama.cpp"
 # GiB of keys and values; its default is as much.
 VLLM_CACHE_GIB = "4"
 LOAD_TIMEOUT_S = 900
@@ -67,6 +69,13 @@ class Load:
     num_requests: int
     prompt_words: int = 0
     """Of padding in each prompt."""
+    rate: float | None = None
+    """Requests that arrive in a second, whatever the server does, in place of clients that wait for their answers."""
+
+    @property
+    def title(self) -> str:
+        """Clients, or arrivals."""
+        return str(self.clients) if self.rate is None else f"{self.rate:g}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +91,32 @@ QUICK = Plan((OURS, PLAIN), (Load(1, 2), Load(8, 8)), 64)
 FULL = Plan((OURS, PLAIN, BATCHING), (Load(1, 4), Load(8, 16), Load(8, 8, LONG_WORDS), Load(32, 32)), 128)
 
 
-def contender(name: str, model: Path, port: int, vllm: Path | None) -> Contender:
+Peers = dict[str, Path]
+"""Virtual environments of servers that need one of their own, by name."""
+
+OPEN_REQUESTS = 16
+
+
+def contender(name: str, model: Path, port: int, peers: Peers) -> Contender:
     """The server of that name, to be started on ``port``; defaults wherever there are any.
 
     Args:
         name: One of the constants above.
         model: Its folder.
         port: On this machine.
-        vllm: The virtual environment of vLLM.
+        peers: The virtual environments of those that are not in this one.
     """
     place = ["--host", HOST, "--port", str(port)]
     if name == OURS:
         environment = {"SERVE_MODEL": str(model), "PYTHONPATH": str(REPOSITORY)}
         return Contender(name, [sys.executable, "-m", "serve", *place], "/ready", demo_model.NAME, environment)
-    if name == VLLM and vllm is not None:
+    if name == LLAMA:
+        command = [str(peers[name] / "bin" / "python"), "-m", "llama_cpp.server", *place]
+        command += ["--model", str(llama.model_file()), "--n_ctx", str(llama.CONTEXT)]
+        command += ["--n_threads", "1", "--n_threads_batch", "1"]
+        return Contender(name, command, "/v1/models", demo_model.NAME, options=["--no-usage"])
+    if name == VLLM:
+        vllm = peers[name]
         environment = {"VLLM_CPU_KVCACHE_SPACE": VLLM_CACHE_GIB, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         command = [str(vllm / "bin" / "vllm"), "serve", str(model), "--dtype", "bfloat16", *place]
         return Contender(name, command, "/health", str(model), environment)
@@ -105,7 +126,7 @@ def contender(name: str, model: Path, port: int, vllm: Path | None) -> Contender
     return Contender(name, command, "/health", str(model), options=["--no-usage"])
 
 
-def run_contender(name: str, model: Path, plan: Plan, vllm: Path | None) -> Iterator[tuple[Load, dict[str, Any]]]:
+def run_contender(name: str, model: Path, plan: Plan, peers: Peers) -> Iterator[tuple[Load, dict[str, Any]]]:
     """Start a server on one core, put it under each load from the other; the figures of each load.
 
     Raises:
@@ -113,7 +134,7 @@ def run_contender(name: str, model: Path, plan: Plan, vllm: Path | None) -> Iter
     """
     server_core, client_core = cores()
     port = free_port()
-    peer = contender(name, model, port, vllm)
+    peer = contender(name, model, port, peers)
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **peer.environment}
     with server(peer.command, environment, server_core) as process:
         took_s = wait_until_ready(process, port, peer.ready_path, START_TIMEOUT_S.get(name, 180.0))
@@ -122,7 +143,8 @@ def run_contender(name: str, model: Path, plan: Plan, vllm: Path | None) -> Iter
         load(f"http://{HOST}:{port}", peer.model, [*warm_up, *peer.options], client_core)
         time.sleep(REST_S)
         for number, each in enumerate(plan.loads):
-            options = ["--concurrency", str(each.clients), "--requests", str(each.num_requests)]
+            arrival = ["--concurrency", str(each.clients)] if each.rate is None else ["--rate", str(each.rate)]
+            options = [*arrival, "--requests", str(each.num_requests)]
             options += ["--prompt-words", str(each.prompt_words), "--pid", str(process.pid)]
             # Each load asks other questions, so that nobody's prefix cache has seen them.
             options += ["--first", str(number * PROMPTS_APART)]
@@ -158,7 +180,7 @@ def as_table(plan: Plan, figures: Figures) -> str:
         for name in plan.names:
             found = figures[name, each]
             cost = found["cpu_ms_per_token"]
-            row = [name, str(each.clients), str(figures[OURS, each]["prompt_tokens"] or "-")]
+            row = [name, each.title, str(figures[OURS, each]["prompt_tokens"] or "-")]
             row += [f"{cost:.2f}" if cost else "-", f"{cost / ours:.2f}" if cost and ours else "-"]
             row += [f"{found['tokens_per_s']:.0f}"]
             row += [f"{found[key]['p50']:.0f}" if found[key] else "-" for key in ("ttft_ms", "itl_ms")]
@@ -171,29 +193,38 @@ def as_picture(plan: Plan, figures: Figures) -> str:
     groups: list[tuple[str, dict[str, float]]] = []
     for each in plan.loads:
         costs = {name: figures[name, each]["cpu_ms_per_token"] for name in plan.names}
-        clients = f"{each.clients} client{'s' * (each.clients > 1)}"
+        clients = f"{each.title} client{'s' * (each.clients > 1)}" if each.rate is None else each.title
         prompt = f"prompts of {figures[OURS, each]['prompt_tokens']} tokens"
         groups.append((f"{clients}, {prompt}", {name: cost for name, cost in costs.items() if cost}))
     return picture("What a token costs on one core: CPU time, shorter is better", "ms", groups)
 
 
-def run(plan: Plan, model: Path, vllm: Path | None = None) -> tuple[str, Figures]:
+def run(plan: Plan, model: Path, peers: Peers) -> tuple[str, Figures]:
     """Measure every contender, one after the other; the table with what was measured on, and what it shows."""
     before, began = load_average(), time.perf_counter()
     figures: Figures = {}
     for name in plan.names:
-        for each, found in run_contender(name, model, plan, vllm):
+        for each, found in run_contender(name, model, plan, peers):
             figures[name, each] = found
             print(json.dumps({"server": name, **found}), file=sys.stderr, flush=True)
     versions = [f"{package} {version(package).partition('+')[0]}" for package in ("torch", "transformers")]
     versions.append(f"{'torch' if kernels.obstacle() else 'Trimaran'}'s kernels")
-    if vllm is not None:
-        versions += vllm_versions(vllm)
+    versions += peer_versions(peers)
     about = (
         f"{machine()}, {', '.join(versions)}; {plan.max_tokens} tokens a request; "
         f"load average before the run {before}, after it {load_average()}; {time.perf_counter() - began:.0f} s."
     )
     return f"{about}\n\n{as_table(plan, figures)}", figures
+
+
+def peer_versions(peers: Peers) -> list[str]:
+    """What is installed in the peers' environments.
+
+    Raises:
+        BenchError: one has not what it is named for.
+    """
+    found = {VLLM: vllm_versions, LLAMA: lambda environment: [llama.version(environment)]}
+    return [each for name, environment in peers.items() for each in found[name](environment)]
 
 
 def vllm_versions(environment: Path) -> list[str]:
@@ -217,15 +248,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="under 3 minutes: 1 and 8 clients, transformers serve only"
     )
     parser.add_argument("--vllm", type=Path, metavar="ENVIRONMENT", help="also vLLM-CPU, of this virtual environment")
+    parser.add_argument(
+        "--llama", type=Path, metavar="ENVIRONMENT", help="also llama.cpp's server, of this virtual environment"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help=f"also an open loop: {OPEN_REQUESTS} requests, R of them arriving a second",
+    )
     parser.add_argument("--write", action="store_true", help="put the table and its picture into docs/")
     options = parser.parse_args(argv)
     plan = QUICK if options.quick else FULL
     try:
-        if options.vllm is not None:
-            options.vllm = options.vllm.absolute()
-            vllm_versions(options.vllm)  # before minutes of measuring others
-            plan = replace(plan, names=(*plan.names, VLLM))
-        text, figures = run(plan, demo_model.prepare(), options.vllm)
+        given = {VLLM: options.vllm, LLAMA: options.llama}
+        peers = {name: environment.absolute() for name, environment in given.items() if environment is not None}
+        peer_versions(peers)  # before minutes of measuring others
+        loads = plan.loads if options.rate is None else (*plan.loads, Load(1, OPEN_REQUESTS, rate=options.rate))
+        plan = replace(plan, names=(*plan.names, *peers), loads=loads)
+        text, figures = run(plan, demo_model.prepare(), peers)
     except (BenchError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -207,11 +207,22 @@ def test_private_memory_is_what_no_other_process_shares(tmp_path: Path):
     assert 28 < grown - plain < 36
 
 
-def test_compare_refuses_an_environment_without_vllm_before_it_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "what"), [("--vllm", "vLLM"), ("--llama", "llama-cpp-python")])
+def test_compare_refuses_an_environment_without_its_server_before_it_measures(
+    option: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert compare.main(["--vllm", str(tmp_path)]) == 1
-    assert f"{tmp_path} is no virtual environment with vLLM" in capsys.readouterr().err
+    assert compare.main([option, str(tmp_path)]) == 1
+    assert f"{tmp_path} is no virtual environment with {what};" in capsys.readouterr().err
+
+
+def test_compare_names_the_version_of_llama(tmp_path: Path):
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "llama_cpp_python-0.3.16.dist-info").mkdir(parents=True)
+    assert compare.peer_versions({compare.LLAMA: tmp_path}) == ["llama.cpp by llama-cpp-python 0.3.16"]
+
+
+def test_compare_sends_requests_at_a_rate_or_from_clients():
+    assert compare.Load(8, 16).title == "8"
+    assert compare.Load(1, 16, rate=0.25).title == "0.25/s"
 
 
 def test_compare_names_the_versions_beside_vllm(tmp_path: Path):
