@@ -113,7 +113,7 @@ def contender(name: str, model: Path, port: int, peers: Peers) -> Contender:
     if name == LLAMA:
         command = [str(peers[name] / "bin" / "python"), "-m", "llama_cpp.server", *place]
         command += ["--model", str(llama.model_file()), "--n_ctx", str(llama.CONTEXT)]
-        command += ["--n_threads", "1", "--n_threads_batch", "1"]
+        command += ["--n_threads", "1", "--n_threads_batch", "1", "--interrupt_requests", "false"]
         return Contender(name, command, "/v1/models", demo_model.NAME, options=["--no-usage"])
     if name == VLLM:
         vllm = peers[name]
