@@ -105,7 +105,10 @@ def compile_library() -> Path:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise NotCompiled(f"CC={os.environ['CC']} is no command: {error}.  Unset it, or name a C compiler.") from error
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command

@@ -100,6 +100,9 @@ def test_missing_compiler_is_named_with_the_way_to_get_one(
     monkeypatch.setenv("CC", "ccache nowhere-cc")
     assert kernels.main() == 1
     assert "CC names ccache, which is not there" in capsys.readouterr().err
+    monkeypatch.setenv("CC", "'gcc")
+    assert kernels.main() == 1
+    assert "CC='gcc is no command: No closing quotation" in capsys.readouterr().err
 
 
 def test_compiler_that_writes_nothing_is_a_reason(folder: Path, compiler, capsys) -> None:
