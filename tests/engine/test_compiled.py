@@ -129,6 +129,18 @@ def test_pack_takes_the_compiled_kernel(library: Library, model: Any) -> None:
     assert torch.allclose(got.float(), expected.float(), atol=0.1 * float(expected.std()))
 
 
+def test_pack_takes_a_model_that_widens_its_logits(
+    library: Library, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """How far they may be off is a matter of the numbers that the model computes with."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(linear, "off_by", lambda *_: 0.1)
+    model.register_forward_hook(lambda _model, _given, output: setattr(output, "logits", output.logits.float()))
+    with torch.inference_mode():
+        assert linear.pack(model), caplog.text
+    assert isinstance(model.lm_head, CompiledLinear)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
